@@ -1,0 +1,142 @@
+"""Which implementation runs a rule, and why the others do not.
+
+A backend is an object with the methods of :class:`Backend`. ``resolve`` picks one: an explicit
+choice works or raises with the reason, the automatic choice takes the first that works.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from l2l_fast.spec import RuleSpec
+
+logger = logging.getLogger("l2l_fast")
+
+ENVIRONMENT_VARIABLE = "L2L_FAST_BACKEND"
+
+# In order of preference; each is a module of this package with one object called BACKEND.
+NAMES = ("cpu", "reference")
+
+
+class Backend(Protocol):
+    """What an implementation of the rule provides. All tensors of a call are on one device.
+
+    Shapes: ``weights [P]``, ``grad [N]``, ``state [N, 2, 2, H]`` (layer; h, c; unit). A *packed*
+    state holds the same numbers in the backend's own layout, with any storage dtype.
+    """
+
+    name: str
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype, spec: RuleSpec) -> str | None:
+        """Why a rule of this ``spec`` with parameters of ``dtype`` can't run here; ``None`` if it can."""
+
+    def prepare(self, spec: RuleSpec, weights: Tensor) -> Any:
+        """The weights in the form that :meth:`step_` takes; valid until the weights change."""
+
+    def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A packed state of ``n`` coordinates, all zero, stored as ``dtype``."""
+
+    def pack_state(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """``state [N, 2, 2, H]`` packed and stored as ``dtype``; a copy."""
+
+    def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
+        """The packed state of ``n`` coordinates as ``[N, 2, 2, H]`` in its storage dtype; a copy."""
+
+    def step_(
+        self,
+        spec: RuleSpec,
+        prepared: Any,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        *,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        """``param <- (1 - lr * weight_decay) * param + lr * update``, many tensors, in place, no tape.
+
+        Args:
+            params: contiguous, any shape, changed in place.
+            grads: contiguous, like ``params`` in shape and dtype; left as they are.
+            states: packed, one per parameter, all of one storage dtype, changed in place.
+            maximize: feed the rule the negated gradient.
+            skip_nonfinite: leave parameter and state untouched where the gradient is not finite.
+        """
+
+    def step(self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """``(update [N], new state [N, 2, 2, H])``, both in the dtype of the weights."""
+
+    def step_backward(
+        self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor, d_update: Tensor, d_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Derivatives of :meth:`step`: ``(d_weights [P], d_grad [N], d_state [N, 2, 2, H])``."""
+
+    def unroll_backward(
+        self, spec: RuleSpec, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """First-order meta-gradient of an unroll: ``(d_weights [P], d_state)``.
+
+        Args:
+            grads: ``[T + 1, N]``, gradient of the loss at every point visited.
+            loss_weights: ``[T + 1]`` on the CPU, weight of each loss in the meta-loss.
+            state: ``[N, 2, 2, H]`` before the first step, or ``None`` for zeros; then ``d_state`` is ``None``.
+        """
+
+
+@cache
+def get(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; known backends: {', '.join(map(repr, NAMES))}")
+    backend: Backend = import_module(f"l2l_fast.backends.{name}").BACKEND
+    return backend
+
+
+def resolve(name: str | None, device: torch.device, dtype: torch.dtype, spec: RuleSpec) -> Backend:
+    """The backend to use: ``name``, else ``$L2L_FAST_BACKEND``, else the first that works.
+
+    Raises:
+        ValueError: if the name is unknown.
+        RuntimeError: if the named backend can't run this, with the reason and the remedy.
+    """
+    source = "backend" if name else ENVIRONMENT_VARIABLE
+    name = name or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None:
+        backend = get(name)
+        reason = backend.unavailable(device, dtype, spec)
+        if reason is not None:
+            raise RuntimeError(
+                f"{source}={name!r} can't be used: {reason}. Leave the choice open (backend=None) or take "
+                "'reference', which runs everything"
+            )
+        return backend
+    for candidate in NAMES:
+        reason = get(candidate).unavailable(device, dtype, spec)
+        if reason is None:
+            return get(candidate)
+        _report_fallback(candidate, reason)
+    raise RuntimeError("no backend can run this rule")  # unreachable: the reference runs everything
+
+
+@cache
+def _report_fallback(name: str, reason: str) -> None:
+    """Say once per reason that a faster backend is passed over."""
+    logger.warning("backend %r is not used: %s", name, reason)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, with ``None`` if it works on this machine, else the reason why it does not."""
+    return {name: get(name).unavailable(torch.device("cpu"), torch.float32, RuleSpec()) for name in sorted(NAMES)}

@@ -1,0 +1,81 @@
+"""The plain PyTorch backend: any device, any floating dtype, any size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from l2l_fast import reference
+from l2l_fast.spec import RuleSpec
+
+
+class ReferenceBackend:
+    """Runs :mod:`l2l_fast.reference`. Its packed state is the public layout ``[N, 2, 2, H]``."""
+
+    name = "reference"
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype, spec: RuleSpec) -> str | None:
+        if not dtype.is_floating_point:
+            return f"parameters must be floating point, got {dtype}"
+        return None
+
+    def prepare(self, spec: RuleSpec, weights: Tensor) -> Tensor:
+        return weights.detach()
+
+    def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(n, 2, 2, spec.hidden_size, dtype=dtype, device=device)
+
+    def pack_state(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        return state.detach().to(dtype, copy=True).contiguous()
+
+    def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
+        return packed.clone()
+
+    @torch.no_grad()
+    def step_(
+        self,
+        spec: RuleSpec,
+        prepared: Tensor,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        *,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        for param, grad, state in zip(params, grads, states, strict=True):
+            flat, grad = param.view(-1), grad.reshape(-1)
+            update, new_state = reference.step(spec, prepared, -grad if maximize else grad, state)
+            new_param = (flat.to(update.dtype) * (1 - lr * weight_decay) + lr * update).to(param.dtype)
+            new_state = new_state.to(state.dtype)
+            if skip_nonfinite:
+                keep = ~grad.isfinite()
+                new_param = torch.where(keep, flat, new_param)
+                new_state = torch.where(keep.view(-1, 1, 1, 1), state, new_state)
+            flat.copy_(new_param)
+            state.copy_(new_state)
+
+    @torch.no_grad()
+    def step(self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.step(spec, weights, grad, state)
+
+    @torch.no_grad()
+    def step_backward(
+        self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor, d_update: Tensor, d_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return reference.step_backward(spec, weights, grad, state, d_update, d_state)
+
+    @torch.no_grad()
+    def unroll_backward(
+        self, spec: RuleSpec, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        start = state
+        if start is None:
+            start = torch.zeros(grads.shape[1], 2, 2, spec.hidden_size, dtype=weights.dtype, device=weights.device)
+        d_weights, d_state = reference.unroll_backward(spec, weights, grads, loss_weights.to(weights.device), start)
+        return d_weights, None if state is None else d_state
+
+
+BACKEND = ReferenceBackend()

@@ -1,0 +1,1 @@
+"""What the command line runs: demonstrations, evaluations and the figures of the paper."""

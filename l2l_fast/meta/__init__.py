@@ -1,0 +1,1 @@
+"""Meta-training: the unroll and the trainer."""

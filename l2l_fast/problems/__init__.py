@@ -1,0 +1,1 @@
+"""Problems to meta-train on: distributions of functions to minimise."""

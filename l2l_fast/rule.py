@@ -1,0 +1,202 @@
+"""The coordinatewise LSTM as a module, and the file that holds one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.resources import as_file, files
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2l_fast import autograd
+from l2l_fast.backends import resolve
+from l2l_fast.files import load_tensors, save_atomically
+from l2l_fast.spec import Preprocess, RuleSpec
+
+FORMAT = "l2l_fast.rule.v1"
+
+_DEFAULT = RuleSpec()
+
+
+class CoordinatewiseLSTM(nn.Module):
+    """A learned update rule: a two-layer LSTM with weights shared over coordinates, state of its own for each.
+
+    Args:
+        hidden_size: units per layer, ``H``.
+        preprocess: :class:`LogAndSign` or ``None`` for the gradient itself.
+        output_scale: factor on the network's output.
+
+    Attributes:
+        spec: the :class:`RuleSpec`.
+        card: JSON-compatible facts about how the rule was trained; saved with it.
+
+    Source: Andrychowicz et al. 2016, section 2.1.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = _DEFAULT.hidden_size,
+        preprocess: Preprocess | None = _DEFAULT.preprocess,
+        output_scale: float = _DEFAULT.output_scale,
+    ) -> None:
+        super().__init__()
+        self.spec = RuleSpec(hidden_size, preprocess, output_scale)  # type: ignore[arg-type]  # None is the identity
+        self.card: dict[str, Any] = {}
+        self.cells = nn.ModuleList(
+            [nn.LSTMCell(self.spec.features, hidden_size), nn.LSTMCell(hidden_size, hidden_size)]
+        )
+        self.output = nn.Linear(hidden_size, 1)
+
+    def extra_repr(self) -> str:
+        return f"preprocess={self.spec.preprocess}, output_scale={self.spec.output_scale}"
+
+    def flat_weights(self) -> Tensor:
+        """All weights as one vector ``[P]`` in the order of :attr:`RuleSpec.weight_shapes`; differentiable."""
+        blocks: list[Tensor] = []
+        for cell in self.cells:
+            blocks += [cell.weight_ih.reshape(-1), cell.weight_hh.reshape(-1), cell.bias_ih + cell.bias_hh]
+        return torch.cat([*blocks, self.output.weight.reshape(-1), self.output.bias])
+
+    def init_state(
+        self, n: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """State of ``n`` coordinates that have not been stepped yet: zeros ``[n, 2, 2, H]``."""
+        device = self.output.weight.device if device is None else device
+        return torch.zeros(n, 2, 2, self.spec.hidden_size, device=device, dtype=dtype)
+
+    def forward(self, grad: Tensor, state: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        """One step for a batch of coordinates; differentiable once.
+
+        Args:
+            grad: ``[*shape]``, floating point.
+            state: ``[*shape, 2, 2, H]`` (layer; h, c; unit).
+            backend: name of a backend, or ``None`` for the fastest that works.
+
+        Returns:
+            The update ``[*shape]`` in the dtype of ``grad`` and the new state in the dtype of ``state``.
+
+        Raises:
+            TypeError, ValueError: if an argument has the wrong kind, shape or device.
+            RuntimeError: if the named backend can't run this.
+        """
+        _check(self, grad, state)
+        weights = self.flat_weights()
+        chosen = resolve(backend, grad.device, weights.dtype, self.spec)
+        update, new_state = autograd.step(
+            self.spec,
+            weights,
+            grad.reshape(-1).to(weights.dtype),
+            state.reshape(-1, *state.shape[-3:]).to(weights.dtype),
+            chosen.name,
+        )
+        return update.view(grad.shape).to(grad.dtype), new_state.view(state.shape).to(state.dtype)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, specification and card to a safetensors file, atomically.
+
+        Raises:
+            OSError: if the folder does not exist or can't be written; an existing file is left as it is.
+        """
+        metadata = {"format": FORMAT, "spec": json.dumps(self.spec.to_dict()), "card": json.dumps(self.card)}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_atomically(tensors, metadata, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CoordinatewiseLSTM:
+        """The rule in a file that :meth:`save` wrote, on the CPU.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is truncated, of another format or holds other shapes.
+        """
+        tensors, metadata = load_tensors(path, FORMAT)
+        try:
+            spec = RuleSpec.from_dict(json.loads(metadata["spec"]))
+            card = json.loads(metadata.get("card", "{}"))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} has no readable rule specification: {error}") from error
+        rule = cls(spec.hidden_size, spec.preprocess, spec.output_scale)
+        rule.load_tensors(tensors, source=os.fspath(path))
+        rule.card = card
+        return rule
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
+        """Take the weights ``tensors``, in their dtype; nothing changes unless all of them fit.
+
+        Raises:
+            ValueError: if names or shapes differ from this rule's, naming ``source``.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected != found:
+            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            detail = "; ".join(
+                f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
+                for name in wrong
+            )
+            raise ValueError(f"{source} does not hold a rule of {self.spec}: {detail}")
+        self.load_state_dict(dict(tensors), assign=True)
+        self.requires_grad_(True)
+
+
+def _check(rule: CoordinatewiseLSTM, grad: Tensor, state: Tensor) -> None:
+    for name, tensor in (("grad", grad), ("state", state)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got layout {tensor.layout}; call .to_dense() first")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be real floating point, got {tensor.dtype}")
+        if tensor.device != rule.output.weight.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but the rule is on {rule.output.weight.device}; move one of them"
+            )
+    expected = (*grad.shape, 2, 2, rule.spec.hidden_size)
+    if tuple(state.shape) != expected:
+        raise ValueError(
+            f"state must have shape {expected} for a gradient of shape {tuple(grad.shape)}, got "
+            f"{tuple(state.shape)}; rule.init_state(n) makes one"
+        )
+
+
+_WEIGHTS = files("l2l_fast") / "weights"
+
+
+def available_rules() -> tuple[str, ...]:
+    """Names of the rules that come with the package."""
+    return tuple(
+        sorted(
+            entry.name.removesuffix(".safetensors")
+            for entry in _WEIGHTS.iterdir()
+            if entry.name.endswith(".safetensors")
+        )
+    )
+
+
+def load_rule(name: str) -> CoordinatewiseLSTM:
+    """The rule called ``name`` that comes with the package.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in available_rules():
+        raise ValueError(
+            f"unknown rule {name!r}; shipped rules: {', '.join(map(repr, available_rules())) or 'none'}. "
+            "A rule in a file is named by a path that ends in .safetensors"
+        )
+    with as_file(_WEIGHTS / f"{name}.safetensors") as path:
+        return CoordinatewiseLSTM.load(path)
+
+
+def as_rule(rule: CoordinatewiseLSTM | str | os.PathLike[str]) -> CoordinatewiseLSTM:
+    """``rule`` itself, or the rule that a shipped name or the path of a file stands for."""
+    if isinstance(rule, CoordinatewiseLSTM):
+        return rule
+    if isinstance(rule, str) and os.sep not in rule and not rule.endswith(".safetensors"):
+        return load_rule(rule)
+    if isinstance(rule, str | os.PathLike):
+        return CoordinatewiseLSTM.load(rule)
+    raise TypeError(f"rule must be a CoordinatewiseLSTM, a shipped name or a path, got {type(rule).__name__}")
