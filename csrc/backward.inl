@@ -1,0 +1,338 @@
+// Backward through consecutive steps for kPass coordinates at a time: recompute forward into scratch,
+// then walk back. Names as in docs/derivation.md. Included once per instruction set.
+#pragma once
+
+#include "forward.inl"
+
+namespace l2l {
+namespace {
+
+// What the walk back needs of one unit at one step, as rows of kPass.
+enum Saved { kI, kF, kG, kO, kTanhC, kC, kSavedRows };
+constexpr int kLayerRows = kHidden * kSavedRows;
+constexpr int kStepRows = 2 * kLayerRows + kFeatures;  // layer 1, layer 2, features
+constexpr int64_t kStepFloats = static_cast<int64_t>(kStepRows) * kPass;
+
+// Weight gradients of a few tiles and steps, in float32; flushed into float64 sums.
+struct Accumulators {
+  float layer1[kRows][kColumns1];
+  float layer2[kRows][kColumns2];
+  float bias2[kRows][kWidth];
+  float output[kHidden][kWidth];
+  float output_bias[kWidth];
+};
+constexpr int kAccumulators = sizeof(Accumulators) / sizeof(float);
+// Float32 sums longer than this many coordinates times steps lose more than eager's own rounding.
+constexpr int kFlushInterval = 2560 / kPass;
+
+// Vectors along the columns of a weight gradient; 8 lanes divide both column counts.
+#if defined(__AVX2__)
+typedef float ColumnVec __attribute__((vector_size(32), aligned(4), may_alias));
+#else
+typedef float ColumnVec __attribute__((vector_size(16), aligned(4), may_alias));
+#endif
+constexpr int kColumnWidth = sizeof(ColumnVec) / sizeof(float);
+#if defined(__AVX512VL__)
+constexpr int kOuterRows1 = 4, kOuterVecs1 = 3, kOuterRows2 = 4, kOuterVecs2 = 5;  // 32 registers
+#elif defined(__AVX2__)
+constexpr int kOuterRows1 = 4, kOuterVecs1 = 3, kOuterRows2 = 2, kOuterVecs2 = 5;  // 16 registers
+#else
+constexpr int kOuterRows1 = 4, kOuterVecs1 = 2, kOuterRows2 = 4, kOuterVecs2 = 2;
+#endif
+
+// d_weights[kRows][COLUMNS] += d_gates[kRows][kPass] inputs[kPass][COLUMNS]
+template <int ROWS, int VECS, int COLUMNS>
+L2L_INLINE void add_outer_products(float* d_weights, const float* d_gates, const float* inputs) {
+  for (int column = 0; column < COLUMNS; column += VECS * kColumnWidth)
+    for (int row = 0; row < kRows; row += ROWS) {
+      ColumnVec sums[ROWS][VECS];
+      float* out = d_weights + row * COLUMNS + column;
+      L2L_UNROLL for (int r = 0; r < ROWS; r++)
+        L2L_UNROLL for (int v = 0; v < VECS; v++)
+          sums[r][v] = *reinterpret_cast<ColumnVec*>(out + r * COLUMNS + v * kColumnWidth);
+#pragma GCC unroll 2
+      for (int b = 0; b < kPass; b++) {
+        ColumnVec x[VECS];
+        L2L_UNROLL for (int v = 0; v < VECS; v++)
+          x[v] = *reinterpret_cast<const ColumnVec*>(inputs + b * COLUMNS + column + v * kColumnWidth);
+        L2L_UNROLL for (int r = 0; r < ROWS; r++) {
+          const ColumnVec d = d_gates[(row + r) * kPass + b] - ColumnVec{};
+          L2L_UNROLL for (int v = 0; v < VECS; v++) sums[r][v] += d * x[v];
+        }
+      }
+      L2L_UNROLL for (int r = 0; r < ROWS; r++)
+        L2L_UNROLL for (int v = 0; v < VECS; v++)
+          *reinterpret_cast<ColumnVec*>(out + r * COLUMNS + v * kColumnWidth) = sums[r][v];
+    }
+}
+
+// Like `activate`, but keeps every factor that the backward multiplies by; saved[kGroup][kSavedRows][kPass].
+L2L_INLINE void activate_and_save(const float* gates, const Rows& c_before, float* saved, float* h) {
+#pragma GCC unroll 1
+  for (int u = 0; u < kGroup; u++) L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+      const GateTerms t = gate_terms(gates + u * 4 * kPass + v * kWidth);
+      const Vec one = pinned(1.0f);
+      const Vec i = one / t.i, f = one / t.f, o = one / t.o, g = -t.m / (t.m + broadcast(2.0f));
+      float* out = saved + u * kSavedRows * kPass + v * kWidth;
+      store(out + kI * kPass, i);
+      store(out + kF * kPass, f);
+      store(out + kG * kPass, g);
+      store(out + kO * kPass, o);
+      store(out + kC * kPass, fma(f, c_before.get(u, v), i * g));
+    }
+#pragma GCC unroll 1
+  for (int e = 0; e < kGroup * kVecs; e += 4) {
+    Vec cell[4], m[4];
+    L2L_UNROLL for (int j = 0; j < 4; j++)
+      cell[j] = load(saved + ((e + j) / kVecs * kSavedRows + kC) * kPass + (e + j) % kVecs * kWidth);
+    cell_terms(cell, m);
+    const Vec two = pinned(2.0f);
+    L2L_UNROLL for (int j = 0; j < 4; j++) {
+      float* out = saved + (e + j) / kVecs * kSavedRows * kPass + (e + j) % kVecs * kWidth;
+      const Vec tanh_c = -m[j] / (m[j] + two);
+      store(out + kTanhC * kPass, tanh_c);
+      store(h + (e + j) * kWidth, load(out + kO * kPass) * tanh_c);
+    }
+  }
+}
+
+template <int K>
+L2L_INLINE void layer_and_save(const float (*weights)[1 + K + kHidden][kGates], const Rows& x, const Rows& h,
+                               const Rows& c_before, float* saved, float* h_new) {
+  alignas(64) float gates[kGroup * 4 * kPass];
+  for (int u0 = 0; u0 < kHidden; u0 += kGroup) {
+    for (int u = u0; u < u0 + kGroup; u++)
+      unit_gates<K, 0>(&weights[u][0][0], x, h, gates + (u - u0) * 4 * kPass, nullptr);
+    activate_and_save(gates, c_before.from(u0), saved + u0 * kSavedRows * kPass, h_new + u0 * kPass);
+  }
+}
+
+// d_gates[unit * 4 + gate][kPass] from d_h; d_c becomes the derivative by the cell before.
+L2L_INLINE void gates_backward(const float* saved, const Rows& c_before, const float* d_h, float* d_c, float* d_gates,
+                               float (*bias)[kWidth]) {
+  const Vec one = broadcast(1.0f);
+  for (int u = 0; u < kHidden; u++) {
+    Vec sums[4] = {};
+    L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+      const float* s = saved + u * kSavedRows * kPass + v * kWidth;
+      const Vec i = load(s + kI * kPass), f = load(s + kF * kPass), g = load(s + kG * kPass),
+                o = load(s + kO * kPass), tanh_c = load(s + kTanhC * kPass);
+      const Vec dh = load(d_h + u * kPass + v * kWidth);
+      const Vec dc = load(d_c + u * kPass + v * kWidth) + dh * o * (one - tanh_c * tanh_c);
+      const Vec d[4] = {dc * g * (i * (one - i)), dc * c_before.get(u, v) * (f * (one - f)), dc * i * (one - g * g),
+                        dh * tanh_c * (o * (one - o))};
+      store(d_c + u * kPass + v * kWidth, dc * f);
+      L2L_UNROLL for (int r = 0; r < 4; r++) {
+        store(d_gates + (u * 4 + r) * kPass + v * kWidth, d[r]);
+        sums[r] += d[r];
+      }
+    }
+    if (bias) L2L_UNROLL for (int r = 0; r < 4; r++) {
+        float* out = bias[u * 4 + r];
+        store(out, load(out) + sums[r]);
+      }
+  }
+}
+
+// out[4 * BLOCKS][kPass] = weights^T d_gates
+template <int BLOCKS>
+L2L_INLINE void inputs_backward(const float (*weights)[kRows][4], float* d_gates, float* out) {
+  for (int k = 0; k < BLOCKS; k++) {
+    Vec sums[4][kVecs] = {};
+    accumulate<kRows>(&weights[k][0][0], local_rows(d_gates), sums);
+    L2L_UNROLL for (int r = 0; r < 4; r++)
+      L2L_UNROLL for (int v = 0; v < kVecs; v++) store(out + (4 * k + r) * kPass + v * kWidth, sums[r][v]);
+  }
+}
+
+// out[kHidden][kPass] = hidden values of a layer at a step, from what was saved
+L2L_INLINE void hidden_rows(const float* saved, float* out) {
+  for (int u = 0; u < kHidden; u++) L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+      const float* s = saved + u * kSavedRows * kPass + v * kWidth;
+      store(out + u * kPass + v * kWidth, load(s + kO * kPass) * load(s + kTanhC * kPass));
+    }
+}
+
+L2L_INLINE void flush(Accumulators& accumulators, double* sums) {
+  float* values = &accumulators.layer1[0][0];
+  for (int i = 0; i < kAccumulators; i++) {
+    sums[i] += static_cast<double>(values[i]);
+    values[i] = 0.0f;
+  }
+}
+
+// values[kPass] from the coordinates first .. first + count of a row, zero beyond.
+L2L_INLINE void load_lanes(const float* row, int count, float* values) {
+  for (int i = 0; i < count; i++) values[i] = row[i];
+  for (int i = count; i < kPass; i++) values[i] = 0.0f;
+}
+
+// rows[kRows][kPass] from `count` coordinates of kRows each, zero beyond.
+L2L_INLINE void load_states(const float* state, int count, float* rows) {
+  alignas(64) float padded[kPass * kRows];
+  if (count < kPass) {
+    memcpy(padded, state, sizeof(float) * kRows * count);
+    memset(padded + count * kRows, 0, sizeof(float) * kRows * (kPass - count));
+    state = padded;
+  }
+  transpose(state, kRows, rows, kPass, kPass, kRows);
+}
+
+L2L_INLINE void store_states(const float* rows, int count, float* state) {
+  alignas(64) float padded[kPass * kRows];
+  float* to = count < kPass ? padded : state;
+  transpose(rows, kPass, to, kRows, kRows, kPass);
+  if (count < kPass) memcpy(state, padded, sizeof(float) * kRows * count);
+}
+
+struct Backward {
+  const BackwardArgs& args;
+  const Weights& w;
+  Accumulators& accumulators;
+  double* sums;
+  float* scratch;  // [steps][kStepRows][kPass]
+  int since_flush = 0;
+
+  alignas(64) float state[kRows * kPass];  // before the first step
+  alignas(64) float d_h1[kHidden * kPass], d_c1[kHidden * kPass], d_h2[kHidden * kPass], d_c2[kHidden * kPass];
+  alignas(64) float d_gates[kRows * kPass];
+
+  Backward(const BackwardArgs& a, Accumulators& to, double* sums64, float* buffer)
+      : args(a), w(*a.weights), accumulators(to), sums(sums64), scratch(buffer) {}
+
+  float* layer1(int64_t t) const { return scratch + t * kStepFloats; }
+  float* layer2(int64_t t) const { return layer1(t) + kLayerRows * kPass; }
+  float* features(int64_t t) const { return layer2(t) + kLayerRows * kPass; }
+  // Cells before step t: saved by step t - 1, or in the initial state.
+  Rows cells(int64_t t, int layer) {
+    if (t == 0) return local_rows(state + (2 * layer + 1) * kHidden * kPass);
+    return local_rows((layer ? layer2(t - 1) : layer1(t - 1)) + kC * kPass, kSavedRows * kPass);
+  }
+
+  void recompute(int64_t first, int count) {
+    alignas(64) float hidden[2][2 * kHidden * kPass], grad[kPass];
+    float *h1 = state, *h2 = state + 2 * kHidden * kPass;
+    for (int64_t t = 0; t < args.steps; t++) {
+      load_lanes(args.grads + t * args.n + first, count, grad);
+      preprocess(w, grad, features(t));
+      float* h_new = hidden[t & 1];
+      layer_and_save<kFeatures>(w.forward1, local_rows(features(t)), local_rows(h1), cells(t, 0), layer1(t), h_new);
+      layer_and_save<kHidden>(w.forward2, local_rows(h_new), local_rows(h2), cells(t, 1), layer2(t),
+                              h_new + kHidden * kPass);
+      h1 = h_new;
+      h2 = h_new + kHidden * kPass;
+    }
+  }
+
+  void step_back(int64_t t, const float* d_update) {
+    alignas(64) float d_inputs[2 * kHidden * kPass];
+    alignas(64) float inputs[kColumns2 * kPass], inputs_t[kPass * kColumns2];
+
+    // Output layer.
+    Vec d_output[kVecs], bias_sum = {};
+    L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+      d_output[v] = load(d_update + v * kWidth) * broadcast(w.output_scale);
+      bias_sum += d_output[v];
+    }
+    store(accumulators.output_bias, load(accumulators.output_bias) + bias_sum);
+    for (int u = 0; u < kHidden; u++) {
+      Vec sum = load(accumulators.output[u]);
+      L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+        const float* s = layer2(t) + u * kSavedRows * kPass + v * kWidth;
+        float* dh = d_h2 + u * kPass + v * kWidth;
+        sum = fma(d_output[v], load(s + kO * kPass) * load(s + kTanhC * kPass), sum);
+        store(dh, fma(d_output[v], broadcast(w.output[u]), load(dh)));
+      }
+      store(accumulators.output[u], sum);
+    }
+
+    // Layer 2: its inputs are h1 of this step and h2 of the step before.
+    gates_backward(layer2(t), cells(t, 1), d_h2, d_c2, d_gates, accumulators.bias2);
+    hidden_rows(layer1(t), inputs);
+    if (t > 0)
+      hidden_rows(layer2(t - 1), inputs + kHidden * kPass);
+    else
+      memcpy(inputs + kHidden * kPass, state + 2 * kHidden * kPass, sizeof(float) * kHidden * kPass);
+    transpose(inputs, kPass, inputs_t, kColumns2, kColumns2, kPass);
+    add_outer_products<kOuterRows2, kOuterVecs2, kColumns2>(&accumulators.layer2[0][0], d_gates, inputs_t);
+    inputs_backward<2 * kHidden / 4>(w.backward2, d_gates, d_inputs);
+    for (int i = 0; i < kHidden * kPass; i += kWidth) store(d_h1 + i, load(d_h1 + i) + load(d_inputs + i));
+    memcpy(d_h2, d_inputs + kHidden * kPass, sizeof(d_h2));
+
+    // Layer 1: its inputs are the features and h1 of the step before.
+    gates_backward(layer1(t), cells(t, 0), d_h1, d_c1, d_gates, nullptr);
+    memcpy(inputs, features(t), sizeof(float) * kFeatures * kPass);
+    if (t > 0)
+      hidden_rows(layer1(t - 1), inputs + kFeatures * kPass);
+    else
+      memcpy(inputs + kFeatures * kPass, state, sizeof(float) * kHidden * kPass);
+    for (int i = 0; i < kPass; i++) {
+      inputs[(kFeatures + kHidden) * kPass + i] = 1.0f;
+      inputs[(kFeatures + kHidden + 1) * kPass + i] = 0.0f;
+    }
+    transpose(inputs, kPass, inputs_t, kColumns1, kColumns1, kPass);
+    add_outer_products<kOuterRows1, kOuterVecs1, kColumns1>(&accumulators.layer1[0][0], d_gates, inputs_t);
+    inputs_backward<kHidden / 4>(w.backward1, d_gates, d_h1);
+
+    if (++since_flush >= kFlushInterval) {
+      flush(accumulators, sums);
+      since_flush = 0;
+    }
+  }
+
+  // d_grad[count] of the step just walked back, through the preprocessing of grad[count].
+  void features_backward(const float* grad, int count, float* d_grad) const {
+    for (int i = 0; i < count; i++) {
+      float d[kFeatures] = {};
+      for (int j = 0; j < kRows; j++)
+        for (int k = 0; k < kFeatures; k++) d[k] += w.features1[j][k] * d_gates[j * kPass + i];
+      if (w.log_p == 0.0f)
+        d_grad[i] = d[0];
+      else if (__builtin_fabsf(grad[i]) >= w.threshold)
+        d_grad[i] = d[0] / (w.log_p * grad[i]);
+      else
+        d_grad[i] = d[1] * w.slope;
+    }
+  }
+
+  void pass(int64_t first, int count) {
+    if (args.state)
+      load_states(args.state + first * kRows, count, state);
+    else
+      memset(state, 0, sizeof(state));
+    recompute(first, count);
+
+    alignas(64) float d_state[kRows * kPass];
+    if (args.d_last_state)
+      load_states(args.d_last_state + first * kRows, count, d_state);
+    else
+      memset(d_state, 0, sizeof(d_state));
+    memcpy(d_h1, d_state, sizeof(d_h1));
+    memcpy(d_c1, d_state + kHidden * kPass, sizeof(d_c1));
+    memcpy(d_h2, d_state + 2 * kHidden * kPass, sizeof(d_h2));
+    memcpy(d_c2, d_state + 3 * kHidden * kPass, sizeof(d_c2));
+
+    alignas(64) float term[kPass], d_update[kPass] = {};
+    for (int64_t t = args.steps - 1; t >= 0; t--) {
+      load_lanes(args.terms + t * args.n + first, count, term);
+      const Vec weight = broadcast(args.loss_weights[t]);
+      for (int i = 0; i < kPass; i += kWidth) store(d_update + i, fma(weight, load(term + i), load(d_update + i)));
+      step_back(t, d_update);
+      if (args.d_grads) {
+        const int64_t at = t * args.n + first;
+        features_backward(args.grads + at, count, args.d_grads + at);
+      }
+    }
+
+    if (args.d_state) {
+      memcpy(d_state, d_h1, sizeof(d_h1));
+      memcpy(d_state + kHidden * kPass, d_c1, sizeof(d_c1));
+      memcpy(d_state + 2 * kHidden * kPass, d_h2, sizeof(d_h2));
+      memcpy(d_state + 3 * kHidden * kPass, d_c2, sizeof(d_c2));
+      store_states(d_state, count, args.d_state + first * kRows);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace l2l

@@ -1,0 +1,171 @@
+// One step of the rule for kPass coordinates at a time. Vectors run along coordinates, so weights are
+// broadcast scalars and nothing is padded. Included once per instruction set.
+#pragma once
+
+#include "vec.h"
+
+namespace l2l {
+namespace {
+
+constexpr int kVecs = kWidth == 4 ? 4 : 2;        // 4 gates x 2 vectors of sums hide the latency of FMA
+constexpr int kPass = kVecs * kWidth;             // coordinates per pass: 16, or 32 with AVX-512
+constexpr int kPassTiles = kPass / kTile;
+constexpr int kGroup = 4;                         // units between matrix product and activations
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// Rows of kPass coordinates, which lie in kPassTiles pieces of kTile.
+struct Rows {
+  float* piece[kPassTiles];
+  int stride;
+
+  L2L_INLINE float* at(int row, int v) const {
+    return piece[v * kWidth / kTile] + row * stride + v * kWidth % kTile;
+  }
+  L2L_INLINE Vec get(int row, int v) const { return load(at(row, v)); }
+  L2L_INLINE void set(int row, int v, Vec x) const { store(at(row, v), x); }
+  L2L_INLINE Rows from(int row) const {
+    Rows r = *this;
+    for (float*& p : r.piece) p += row * stride;
+    return r;
+  }
+};
+
+// A local buffer [rows][kPass], with `stride` floats from one row to the next.
+L2L_INLINE Rows local_rows(float* buffer, int stride = kPass) {
+  Rows r;
+  for (int i = 0; i < kPassTiles; i++) r.piece[i] = buffer + i * kTile;
+  r.stride = stride;
+  return r;
+}
+
+// x[kFeatures][kPass] from grad[kPass].
+L2L_INLINE void preprocess(const Weights& w, const float* grad, float* x) {
+  L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+    const Vec g = load(grad + v * kWidth);
+    const Vec not_finite = g * broadcast(0.0f);  // NaN for NaN and the infinities, else 0
+    if (w.log_p == 0.0f) {
+      store(x + v * kWidth, g + not_finite);
+      store(x + kPass + v * kWidth, Vec{});
+    } else {
+      const Vec magnitude = (Vec)((IVec)g & 0x7fffffff);
+      const IVec large = magnitude >= broadcast(w.threshold);
+      const Vec log = log_positive(select(large, magnitude, broadcast(1.0f))) * broadcast(w.inverse_p);
+      const Vec sign = (Vec)(((IVec)g & INT32_MIN) | (IVec)broadcast(1.0f));
+      store(x + v * kWidth, select(large, log, broadcast(-1.0f)) + not_finite);
+      store(x + kPass + v * kWidth, select(large, sign, g * broadcast(w.slope)) + not_finite);
+    }
+  }
+}
+
+// sums[r][v] += sum_k weights[k][r] * x[k][v]
+template <int K>
+L2L_INLINE void accumulate(const float* weights, const Rows& x, Vec (&sums)[4][kVecs]) {
+#pragma GCC unroll 2
+  for (int k = 0; k < K; k++) {
+    Vec xv[kVecs];
+    L2L_UNROLL for (int v = 0; v < kVecs; v++) xv[v] = x.get(k, v);
+    L2L_UNROLL for (int r = 0; r < 4; r++) {
+      const Vec weight = broadcast(weights[4 * k + r]);
+      L2L_UNROLL for (int v = 0; v < kVecs; v++) sums[r][v] = fma(weight, xv[v], sums[r][v]);
+    }
+  }
+}
+
+// Gates of one unit before their nonlinearity, as exponents of 2: gates[4][kPass].
+template <int K, int PREFETCH>
+L2L_INLINE void unit_gates(const float* weights, const Rows& x, const Rows& h, float* gates, const char* next) {
+  Vec sums[4][kVecs];
+  L2L_UNROLL for (int r = 0; r < 4; r++)
+    L2L_UNROLL for (int v = 0; v < kVecs; v++) sums[r][v] = broadcast(weights[r]);
+  accumulate<kHidden>(weights + 4 * (1 + K), h, sums);
+  if (PREFETCH) L2L_UNROLL for (int i = 0; i < PREFETCH; i++) __builtin_prefetch(next + 64 * i);
+  accumulate<K>(weights + 4, x, sums);
+  L2L_UNROLL for (int r = 0; r < 4; r++)
+    L2L_UNROLL for (int v = 0; v < kVecs; v++) store(gates + r * kPass + v * kWidth, sums[r][v]);
+}
+
+// The four gates' exponentials of one unit and vector. With e = 2^z and z = -x log2(e):
+// denominators D = 1 + e of the three sigmoids, and m = e - 1 for tanh = -m / (m + 2).
+struct GateTerms {
+  Vec i, f, m, o;
+};
+L2L_INLINE GateTerms gate_terms(const float* gates) {
+  Vec z[4], scale[4], fraction[4];
+  L2L_UNROLL for (int r = 0; r < 4; r++) z[r] = load(gates + r * kPass);
+  exp2_split<4>(z, scale, fraction);
+  const Vec one = pinned(1.0f);
+  return {one + fma(scale[0], fraction[0], scale[0]), one + fma(scale[1], fraction[1], scale[1]),
+          fma(scale[2], fraction[2], scale[2] - one), one + fma(scale[3], fraction[3], scale[3])};
+}
+
+// m = e^{-2c} - 1 of four cells in lock step; tanh(c) = -m / (m + 2).
+L2L_INLINE void cell_terms(Vec (&c)[4], Vec (&m)[4]) {
+  const Vec factor = pinned(-2 * kLog2E);
+  Vec scale[4], fraction[4];
+  L2L_UNROLL for (int j = 0; j < 4; j++) c[j] *= factor;
+  exp2_split<4>(c, scale, fraction);
+  const Vec one = pinned(1.0f);
+  L2L_UNROLL for (int j = 0; j < 4; j++) m[j] = fma(scale[j], fraction[j], scale[j] - one);
+}
+
+// New cells in place and new hidden values for kGroup units; one division for c, one for h.
+L2L_INLINE void activate(const float* gates, const Rows& c, const Rows& h) {
+  alignas(64) float o_denominator[kGroup * kPass];
+#pragma GCC unroll 1
+  for (int u = 0; u < kGroup; u++) L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+      const GateTerms t = gate_terms(gates + u * 4 * kPass + v * kWidth);
+      const Vec ig = t.i * (t.m + broadcast(2.0f));
+      c.set(u, v, (c.get(u, v) * ig - t.m * t.f) / (ig * t.f));
+      store(o_denominator + u * kPass + v * kWidth, t.o);
+    }
+#pragma GCC unroll 1
+  for (int e = 0; e < kGroup * kVecs; e += 4) {
+    Vec cell[4], m[4];
+    L2L_UNROLL for (int j = 0; j < 4; j++) cell[j] = c.get((e + j) / kVecs, (e + j) % kVecs);
+    cell_terms(cell, m);
+    const Vec two = pinned(2.0f);
+    L2L_UNROLL for (int j = 0; j < 4; j++) {
+      const Vec o = load(o_denominator + (e + j) * kWidth);
+      h.set((e + j) / kVecs, (e + j) % kVecs, -m[j] / (o * (m[j] + two)));
+    }
+  }
+}
+
+// One layer: cells `c` in place, new hidden values to `h_new`, which must not be `h`.
+template <int K, int PREFETCH>
+L2L_INLINE void layer(const float (*weights)[1 + K + kHidden][kGates], const Rows& x, const Rows& h, const Rows& c,
+                      const Rows& h_new, const char* next) {
+  alignas(64) float gates[kGroup * 4 * kPass];
+  for (int u0 = 0; u0 < kHidden; u0 += kGroup) {
+    for (int u = u0; u < u0 + kGroup; u++)
+      unit_gates<K, PREFETCH>(&weights[u][0][0], x, h, gates + (u - u0) * 4 * kPass, next + u * PREFETCH * 64);
+    activate(gates, c.from(u0), h_new.from(u0));
+  }
+}
+
+// One step for one pass: state in place (rows h1, c1, h2, c2), update[kPass] out. `next` is prefetched
+// in PREFETCH cache lines per unit, 2 * kHidden units.
+template <int PREFETCH>
+L2L_INLINE void step_pass(const Weights& w, const float* grad, const Rows& state, float* update, const char* next) {
+  alignas(64) float x[kFeatures * kPass], h1[kHidden * kPass], h2[kHidden * kPass];
+  preprocess(w, grad, x);
+  layer<kFeatures, PREFETCH>(w.forward1, local_rows(x), state, state.from(kHidden), local_rows(h1), next);
+  layer<kHidden, PREFETCH>(w.forward2, local_rows(h1), state.from(2 * kHidden), state.from(3 * kHidden),
+                           local_rows(h2), next + kHidden * PREFETCH * 64);
+  Vec sum[kVecs];
+  L2L_UNROLL for (int v = 0; v < kVecs; v++) sum[v] = broadcast(w.output_bias);
+  for (int u = 0; u < kHidden; u++) {
+    const Vec weight = broadcast(w.output[u]);
+    L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+      const Vec h = load(h2 + u * kPass + v * kWidth);
+      state.set(u, v, load(h1 + u * kPass + v * kWidth));
+      state.set(2 * kHidden + u, v, h);
+      sum[v] = fma(weight, h, sum[v]);
+    }
+  }
+  L2L_UNROLL for (int v = 0; v < kVecs; v++) store(update + v * kWidth, sum[v] * broadcast(w.output_scale));
+}
+
+}  // namespace
+}  // namespace l2l

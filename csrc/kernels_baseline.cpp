@@ -1,0 +1,5 @@
+#include "kernels.inl"
+
+namespace l2l {
+const Kernels kBaselineKernels = make_kernels("baseline");
+}

@@ -1,0 +1,181 @@
+"""The C++ backend: float32 arithmetic in SIMD registers, for rules of two layers of 20 units on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2l_fast.spec import RuleSpec
+
+_IMPORT_ERROR = ""
+try:
+    from l2l_fast import _C
+except ImportError as error:  # built with L2L_FAST_NO_EXT=1, or not built at all
+    _IMPORT_ERROR = str(error)
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Instruction sets that this build has and this processor runs, fastest last."""
+    return tuple(_C.instruction_sets())
+
+
+def instruction_set() -> str:
+    """The instruction set in use."""
+    name: str = _C.instruction_set()
+    return name
+
+
+def use_instruction_set(name: str) -> None:
+    """Run every later call of this process on the instruction set ``name``: for tests and benchmarks.
+
+    Raises:
+        ValueError: if it is not one of :func:`instruction_sets`.
+    """
+    _C.use_instruction_set(name)
+
+
+def fma_peak(iterations: int = 1_000_000) -> float:
+    """Float32 operations per second that one thread reaches in fused multiply-adds alone."""
+    peak: float = _C.fma_peak(iterations)
+    return peak
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().numpy()
+
+
+class CPUBackend:
+    """Calls :mod:`l2l_fast._C`.
+
+    The packed state is ``[ceil(N / 16), 80, 16]``: tiles of 16 coordinates, in which the rows h1, c1,
+    h2, c2 of 20 units each run along the coordinates; coordinates that pad the last tile hold no meaning.
+    """
+
+    name = "cpu"
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype, spec: RuleSpec) -> str | None:
+        if _IMPORT_ERROR:
+            return f"the C++ extension is not there ({_IMPORT_ERROR}); install l2l_fast without L2L_FAST_NO_EXT"
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device}"
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"its arithmetic is float32, which would lose digits of {dtype}"
+        if spec.hidden_size != _C.HIDDEN_SIZE:
+            return f"it is built for {_C.HIDDEN_SIZE} hidden units, not {spec.hidden_size}"
+        return None
+
+    def prepare(self, spec: RuleSpec, weights: Tensor) -> Any:
+        return _C.Weights(_array(weights.to(torch.float32)), spec.log_p, spec.output_scale)
+
+    def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(-(-n // _C.TILE), 4 * spec.hidden_size, _C.TILE, dtype=dtype, device=device)
+
+    def pack_state(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        n, tile = state.shape[0], _C.TILE
+        rows = state.detach().reshape(n, 4 * state.shape[-1])
+        packed = torch.zeros(-(-n // tile), rows.shape[1], tile, dtype=dtype)
+        whole = n // tile * tile
+        packed[: n // tile].copy_(rows[:whole].view(-1, tile, rows.shape[1]).transpose(1, 2))
+        if whole < n:
+            packed[-1, :, : n - whole].copy_(rows[whole:].t())
+        return packed
+
+    def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
+        rows = packed.transpose(1, 2).reshape(-1, packed.shape[1])
+        return rows[:n].view(n, 2, 2, spec.hidden_size)
+
+    def step_(
+        self,
+        spec: RuleSpec,
+        prepared: Any,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        *,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        if not params:
+            return
+        _C.step_in_place(
+            prepared,
+            [param.data_ptr() for param in params],
+            [grad.data_ptr() for grad in grads],
+            [state.data_ptr() for state in states],
+            [param.numel() for param in params],
+            _CODES[params[0].dtype],
+            _CODES[states[0].dtype],
+            lr,
+            weight_decay,
+            maximize,
+            skip_nonfinite,
+            torch.get_num_threads(),
+        )
+        # Raw writes bypass autograd's record of in-place changes, which guards tensors saved for a backward.
+        torch.autograd.graph.increment_version(params)
+
+    def step(self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        update = torch.empty(grad.shape, dtype=torch.float32)
+        new_state = torch.empty(state.shape, dtype=torch.float32)
+        _C.step(
+            self.prepare(spec, weights),
+            _array(grad),
+            _array(state),
+            update.numpy(),
+            new_state.numpy(),
+            torch.get_num_threads(),
+        )
+        return update, new_state
+
+    def step_backward(
+        self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor, d_update: Tensor, d_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d_weights = torch.empty(weights.shape, dtype=torch.float32)
+        d_grad = torch.empty(grad.shape, dtype=torch.float32)
+        d_state_before = torch.empty(state.shape, dtype=torch.float32)
+        _C.backward(
+            self.prepare(spec, weights),
+            _array(grad),
+            _array(d_update),
+            _array(torch.ones(1)),
+            _array(state),
+            _array(d_state),
+            d_weights.numpy(),
+            d_grad.numpy(),
+            d_state_before.numpy(),
+            torch.get_num_threads(),
+        )
+        return d_weights, d_grad, d_state_before
+
+    def unroll_backward(
+        self, spec: RuleSpec, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        d_weights = torch.empty(weights.shape, dtype=torch.float32)
+        d_state = None if state is None else torch.empty(state.shape, dtype=torch.float32)
+        grads = grads.detach().contiguous()
+        _C.backward(
+            self.prepare(spec, weights),
+            _array(grads[:-1]),
+            _array(grads[1:]),
+            _array(loss_weights[1:].to(torch.float32)),
+            None if state is None else _array(state),
+            None,
+            d_weights.numpy(),
+            None,
+            None if d_state is None else d_state.numpy(),
+            torch.get_num_threads(),
+        )
+        return d_weights, d_state
+
+
+_CODES = {} if _IMPORT_ERROR else {
+    torch.float32: _C.FLOAT32,
+    torch.float16: _C.FLOAT16,
+    torch.bfloat16: _C.BFLOAT16,
+}
+
+BACKEND = CPUBackend()
