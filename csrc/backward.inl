@@ -47,29 +47,27 @@ L2L_INLINE void add_outer_products(float* d_weights, const float* d_gates, const
     for (int row = 0; row < kRows; row += ROWS) {
       ColumnVec sums[ROWS][VECS];
       float* out = d_weights + row * COLUMNS + column;
-      L2L_UNROLL for (int r = 0; r < ROWS; r++)
-        L2L_UNROLL for (int v = 0; v < VECS; v++)
-          sums[r][v] = *reinterpret_cast<ColumnVec*>(out + r * COLUMNS + v * kColumnWidth);
+      L2L_FOR (r, ROWS)
+        L2L_FOR (v, VECS) sums[r][v] = *reinterpret_cast<ColumnVec*>(out + r * COLUMNS + v * kColumnWidth);
 #pragma GCC unroll 2
       for (int b = 0; b < kPass; b++) {
         ColumnVec x[VECS];
-        L2L_UNROLL for (int v = 0; v < VECS; v++)
-          x[v] = *reinterpret_cast<const ColumnVec*>(inputs + b * COLUMNS + column + v * kColumnWidth);
-        L2L_UNROLL for (int r = 0; r < ROWS; r++) {
+        L2L_FOR (v, VECS) x[v] = *reinterpret_cast<const ColumnVec*>(inputs + b * COLUMNS + column + v * kColumnWidth);
+        L2L_FOR (r, ROWS) {
           const ColumnVec d = d_gates[(row + r) * kPass + b] - ColumnVec{};
-          L2L_UNROLL for (int v = 0; v < VECS; v++) sums[r][v] += d * x[v];
+          L2L_FOR (v, VECS) sums[r][v] += d * x[v];
         }
       }
-      L2L_UNROLL for (int r = 0; r < ROWS; r++)
-        L2L_UNROLL for (int v = 0; v < VECS; v++)
-          *reinterpret_cast<ColumnVec*>(out + r * COLUMNS + v * kColumnWidth) = sums[r][v];
+      L2L_FOR (r, ROWS)
+        L2L_FOR (v, VECS) *reinterpret_cast<ColumnVec*>(out + r * COLUMNS + v * kColumnWidth) = sums[r][v];
     }
 }
 
 // Like `activate`, but keeps every factor that the backward multiplies by; saved[kGroup][kSavedRows][kPass].
 L2L_INLINE void activate_and_save(const float* gates, const Rows& c_before, float* saved, float* h) {
 #pragma GCC unroll 1
-  for (int u = 0; u < kGroup; u++) L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+  for (int u = 0; u < kGroup; u++)
+    L2L_FOR (v, kVecs) {
       const GateTerms t = gate_terms(gates + u * 4 * kPass + v * kWidth);
       const Vec one = pinned(1.0f);
       const Vec i = one / t.i, f = one / t.f, o = one / t.o, g = -t.m / (t.m + broadcast(2.0f));
@@ -83,11 +81,10 @@ L2L_INLINE void activate_and_save(const float* gates, const Rows& c_before, floa
 #pragma GCC unroll 1
   for (int e = 0; e < kGroup * kVecs; e += 4) {
     Vec cell[4], m[4];
-    L2L_UNROLL for (int j = 0; j < 4; j++)
-      cell[j] = load(saved + ((e + j) / kVecs * kSavedRows + kC) * kPass + (e + j) % kVecs * kWidth);
+    L2L_FOR (j, 4) cell[j] = load(saved + ((e + j) / kVecs * kSavedRows + kC) * kPass + (e + j) % kVecs * kWidth);
     cell_terms(cell, m);
     const Vec two = pinned(2.0f);
-    L2L_UNROLL for (int j = 0; j < 4; j++) {
+    L2L_FOR (j, 4) {
       float* out = saved + (e + j) / kVecs * kSavedRows * kPass + (e + j) % kVecs * kWidth;
       const Vec tanh_c = -m[j] / (m[j] + two);
       store(out + kTanhC * kPass, tanh_c);
@@ -113,21 +110,22 @@ L2L_INLINE void gates_backward(const float* saved, const Rows& c_before, const f
   const Vec one = broadcast(1.0f);
   for (int u = 0; u < kHidden; u++) {
     Vec sums[4] = {};
-    L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+    L2L_FOR (v, kVecs) {
       const float* s = saved + u * kSavedRows * kPass + v * kWidth;
-      const Vec i = load(s + kI * kPass), f = load(s + kF * kPass), g = load(s + kG * kPass),
-                o = load(s + kO * kPass), tanh_c = load(s + kTanhC * kPass);
+      const Vec i = load(s + kI * kPass), f = load(s + kF * kPass), g = load(s + kG * kPass), o = load(s + kO * kPass),
+                tanh_c = load(s + kTanhC * kPass);
       const Vec dh = load(d_h + u * kPass + v * kWidth);
       const Vec dc = load(d_c + u * kPass + v * kWidth) + dh * o * (one - tanh_c * tanh_c);
       const Vec d[4] = {dc * g * (i * (one - i)), dc * c_before.get(u, v) * (f * (one - f)), dc * i * (one - g * g),
                         dh * tanh_c * (o * (one - o))};
       store(d_c + u * kPass + v * kWidth, dc * f);
-      L2L_UNROLL for (int r = 0; r < 4; r++) {
+      L2L_FOR (r, 4) {
         store(d_gates + (u * 4 + r) * kPass + v * kWidth, d[r]);
         sums[r] += d[r];
       }
     }
-    if (bias) L2L_UNROLL for (int r = 0; r < 4; r++) {
+    if (bias)
+      L2L_FOR (r, 4) {
         float* out = bias[u * 4 + r];
         store(out, load(out) + sums[r]);
       }
@@ -140,14 +138,15 @@ L2L_INLINE void inputs_backward(const float (*weights)[kRows][4], float* d_gates
   for (int k = 0; k < BLOCKS; k++) {
     Vec sums[4][kVecs] = {};
     accumulate<kRows>(&weights[k][0][0], local_rows(d_gates), sums);
-    L2L_UNROLL for (int r = 0; r < 4; r++)
-      L2L_UNROLL for (int v = 0; v < kVecs; v++) store(out + (4 * k + r) * kPass + v * kWidth, sums[r][v]);
+    L2L_FOR (r, 4)
+      L2L_FOR (v, kVecs) store(out + (4 * k + r) * kPass + v * kWidth, sums[r][v]);
   }
 }
 
 // out[kHidden][kPass] = hidden values of a layer at a step, from what was saved
 L2L_INLINE void hidden_rows(const float* saved, float* out) {
-  for (int u = 0; u < kHidden; u++) L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+  for (int u = 0; u < kHidden; u++)
+    L2L_FOR (v, kVecs) {
       const float* s = saved + u * kSavedRows * kPass + v * kWidth;
       store(out + u * kPass + v * kWidth, load(s + kO * kPass) * load(s + kTanhC * kPass));
     }
@@ -230,14 +229,14 @@ struct Backward {
 
     // Output layer.
     Vec d_output[kVecs], bias_sum = {};
-    L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+    L2L_FOR (v, kVecs) {
       d_output[v] = load(d_update + v * kWidth) * broadcast(w.output_scale);
       bias_sum += d_output[v];
     }
     store(accumulators.output_bias, load(accumulators.output_bias) + bias_sum);
     for (int u = 0; u < kHidden; u++) {
       Vec sum = load(accumulators.output[u]);
-      L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+      L2L_FOR (v, kVecs) {
         const float* s = layer2(t) + u * kSavedRows * kPass + v * kWidth;
         float* dh = d_h2 + u * kPass + v * kWidth;
         sum = fma(d_output[v], load(s + kO * kPass) * load(s + kTanhC * kPass), sum);

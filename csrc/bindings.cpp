@@ -70,7 +70,7 @@ void step(const PackedWeights& weights, const Array& grad, const Array& state, A
   expect_size("state", state, n * l2l::kRows);
   expect_size("update", update, n);
   expect_size("new_state", new_state, n * l2l::kRows);
-  const l2l::ForwardArgs args = {&weights.packed, n, grad.data(), state.data(), update.mutable_data(),
+  const l2l::ForwardArgs args = {&weights.packed,         n, grad.data(), state.data(), update.mutable_data(),
                                  new_state.mutable_data()};
   const py::gil_scoped_release release;
   l2l::forward(args, threads);

@@ -9,11 +9,11 @@
 
 namespace l2l {
 
-constexpr int kHidden = 20;             // units per layer
-constexpr int kGates = 4;               // i, f, g, o, as in torch.nn.LSTMCell
-constexpr int kRows = 4 * kHidden;      // state of a coordinate: h1, c1, h2, c2; also gates of a layer
-constexpr int kFeatures = 2;            // the identity leaves the second one zero
-constexpr int kTile = 16;               // coordinates per tile of a packed state [tiles][kRows][kTile]
+constexpr int kHidden = 20;         // units per layer
+constexpr int kGates = 4;           // i, f, g, o, as in torch.nn.LSTMCell
+constexpr int kRows = 4 * kHidden;  // state of a coordinate: h1, c1, h2, c2; also gates of a layer
+constexpr int kFeatures = 2;        // the identity leaves the second one zero
+constexpr int kTile = 16;           // coordinates per tile of a packed state [tiles][kRows][kTile]
 constexpr int kTileSize = kRows * kTile;
 
 // Columns of the input matrices whose product with the gate gradients is a weight gradient.
@@ -36,15 +36,15 @@ struct Weights {
   float output_scale;
   // Preprocessing; log_p == 0 is the identity.
   float log_p;
-  float threshold;   // exp(-log_p)
-  float inverse_p;   // 1 / log_p
-  float slope;       // exp(log_p)
+  float threshold;  // exp(-log_p)
+  float inverse_p;  // 1 / log_p
+  float slope;      // exp(log_p)
 };
 
 struct StepTensor {
   void* param;
   const void* grad;
-  void* state;         // [ceil(size / kTile)][kRows][kTile]
+  void* state;  // [ceil(size / kTile)][kRows][kTile]
   int64_t size;
   int64_t first_tile;  // in the numbering that runs through all tensors
 };
@@ -87,8 +87,8 @@ struct BackwardArgs {
 
 struct Kernels {
   const char* name;
-  int coordinates;        // worked on together: a multiple of kTile
-  size_t accumulators;    // doubles of weight gradients that `backward` adds into
+  int coordinates;      // worked on together: a multiple of kTile
+  size_t accumulators;  // doubles of weight gradients that `backward` adds into
   // All ranges are of tiles.
   void (*step)(const StepArgs&, int64_t tensor, int64_t begin, int64_t end);
   void (*forward)(const ForwardArgs&, int64_t begin, int64_t end);

@@ -25,8 +25,8 @@ bool runs_here(const Kernels& k) {
 #ifdef L2L_HAVE_AVX512
   if (&k == &kAvx512Kernels)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
+           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
 #ifdef L2L_HAVE_AVX2
   if (&k == &kAvx2Kernels)
@@ -65,7 +65,8 @@ struct AlignedDelete {
 };
 template <typename T>
 std::unique_ptr<T[], AlignedDelete> aligned(size_t count) {
-  return std::unique_ptr<T[], AlignedDelete>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
+  return std::unique_ptr<T[], AlignedDelete>(
+      static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
 }
 
 }  // namespace

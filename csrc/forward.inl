@@ -7,10 +7,10 @@
 namespace l2l {
 namespace {
 
-constexpr int kVecs = kWidth == 4 ? 4 : 2;        // 4 gates x 2 vectors of sums hide the latency of FMA
-constexpr int kPass = kVecs * kWidth;             // coordinates per pass: 16, or 32 with AVX-512
+constexpr int kVecs = kWidth == 4 ? 4 : 2;  // 4 gates x 2 vectors of sums hide the latency of FMA
+constexpr int kPass = kVecs * kWidth;       // coordinates per pass: 16, or 32 with AVX-512
 constexpr int kPassTiles = kPass / kTile;
-constexpr int kGroup = 4;                         // units between matrix product and activations
+constexpr int kGroup = 4;  // units between matrix product and activations
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
@@ -19,9 +19,7 @@ struct Rows {
   float* piece[kPassTiles];
   int stride;
 
-  L2L_INLINE float* at(int row, int v) const {
-    return piece[v * kWidth / kTile] + row * stride + v * kWidth % kTile;
-  }
+  L2L_INLINE float* at(int row, int v) const { return piece[v * kWidth / kTile] + row * stride + v * kWidth % kTile; }
   L2L_INLINE Vec get(int row, int v) const { return load(at(row, v)); }
   L2L_INLINE void set(int row, int v, Vec x) const { store(at(row, v), x); }
   L2L_INLINE Rows from(int row) const {
@@ -41,7 +39,7 @@ L2L_INLINE Rows local_rows(float* buffer, int stride = kPass) {
 
 // x[kFeatures][kPass] from grad[kPass].
 L2L_INLINE void preprocess(const Weights& w, const float* grad, float* x) {
-  L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+  L2L_FOR (v, kVecs) {
     const Vec g = load(grad + v * kWidth);
     const Vec not_finite = g * broadcast(0.0f);  // NaN for NaN and the infinities, else 0
     if (w.log_p == 0.0f) {
@@ -64,10 +62,10 @@ L2L_INLINE void accumulate(const float* weights, const Rows& x, Vec (&sums)[4][k
 #pragma GCC unroll 2
   for (int k = 0; k < K; k++) {
     Vec xv[kVecs];
-    L2L_UNROLL for (int v = 0; v < kVecs; v++) xv[v] = x.get(k, v);
-    L2L_UNROLL for (int r = 0; r < 4; r++) {
+    L2L_FOR (v, kVecs) xv[v] = x.get(k, v);
+    L2L_FOR (r, 4) {
       const Vec weight = broadcast(weights[4 * k + r]);
-      L2L_UNROLL for (int v = 0; v < kVecs; v++) sums[r][v] = fma(weight, xv[v], sums[r][v]);
+      L2L_FOR (v, kVecs) sums[r][v] = fma(weight, xv[v], sums[r][v]);
     }
   }
 }
@@ -76,13 +74,14 @@ L2L_INLINE void accumulate(const float* weights, const Rows& x, Vec (&sums)[4][k
 template <int K, int PREFETCH>
 L2L_INLINE void unit_gates(const float* weights, const Rows& x, const Rows& h, float* gates, const char* next) {
   Vec sums[4][kVecs];
-  L2L_UNROLL for (int r = 0; r < 4; r++)
-    L2L_UNROLL for (int v = 0; v < kVecs; v++) sums[r][v] = broadcast(weights[r]);
+  L2L_FOR (r, 4)
+    L2L_FOR (v, kVecs) sums[r][v] = broadcast(weights[r]);
   accumulate<kHidden>(weights + 4 * (1 + K), h, sums);
-  if (PREFETCH) L2L_UNROLL for (int i = 0; i < PREFETCH; i++) __builtin_prefetch(next + 64 * i);
+  if (PREFETCH)
+    L2L_FOR (i, PREFETCH) __builtin_prefetch(next + 64 * i);
   accumulate<K>(weights + 4, x, sums);
-  L2L_UNROLL for (int r = 0; r < 4; r++)
-    L2L_UNROLL for (int v = 0; v < kVecs; v++) store(gates + r * kPass + v * kWidth, sums[r][v]);
+  L2L_FOR (r, 4)
+    L2L_FOR (v, kVecs) store(gates + r * kPass + v * kWidth, sums[r][v]);
 }
 
 // The four gates' exponentials of one unit and vector. With e = 2^z and z = -x log2(e):
@@ -92,7 +91,7 @@ struct GateTerms {
 };
 L2L_INLINE GateTerms gate_terms(const float* gates) {
   Vec z[4], scale[4], fraction[4];
-  L2L_UNROLL for (int r = 0; r < 4; r++) z[r] = load(gates + r * kPass);
+  L2L_FOR (r, 4) z[r] = load(gates + r * kPass);
   exp2_split<4>(z, scale, fraction);
   const Vec one = pinned(1.0f);
   return {one + fma(scale[0], fraction[0], scale[0]), one + fma(scale[1], fraction[1], scale[1]),
@@ -103,17 +102,18 @@ L2L_INLINE GateTerms gate_terms(const float* gates) {
 L2L_INLINE void cell_terms(Vec (&c)[4], Vec (&m)[4]) {
   const Vec factor = pinned(-2 * kLog2E);
   Vec scale[4], fraction[4];
-  L2L_UNROLL for (int j = 0; j < 4; j++) c[j] *= factor;
+  L2L_FOR (j, 4) c[j] *= factor;
   exp2_split<4>(c, scale, fraction);
   const Vec one = pinned(1.0f);
-  L2L_UNROLL for (int j = 0; j < 4; j++) m[j] = fma(scale[j], fraction[j], scale[j] - one);
+  L2L_FOR (j, 4) m[j] = fma(scale[j], fraction[j], scale[j] - one);
 }
 
 // New cells in place and new hidden values for kGroup units; one division for c, one for h.
 L2L_INLINE void activate(const float* gates, const Rows& c, const Rows& h) {
   alignas(64) float o_denominator[kGroup * kPass];
 #pragma GCC unroll 1
-  for (int u = 0; u < kGroup; u++) L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+  for (int u = 0; u < kGroup; u++)
+    L2L_FOR (v, kVecs) {
       const GateTerms t = gate_terms(gates + u * 4 * kPass + v * kWidth);
       const Vec ig = t.i * (t.m + broadcast(2.0f));
       c.set(u, v, (c.get(u, v) * ig - t.m * t.f) / (ig * t.f));
@@ -122,10 +122,10 @@ L2L_INLINE void activate(const float* gates, const Rows& c, const Rows& h) {
 #pragma GCC unroll 1
   for (int e = 0; e < kGroup * kVecs; e += 4) {
     Vec cell[4], m[4];
-    L2L_UNROLL for (int j = 0; j < 4; j++) cell[j] = c.get((e + j) / kVecs, (e + j) % kVecs);
+    L2L_FOR (j, 4) cell[j] = c.get((e + j) / kVecs, (e + j) % kVecs);
     cell_terms(cell, m);
     const Vec two = pinned(2.0f);
-    L2L_UNROLL for (int j = 0; j < 4; j++) {
+    L2L_FOR (j, 4) {
       const Vec o = load(o_denominator + (e + j) * kWidth);
       h.set((e + j) / kVecs, (e + j) % kVecs, -m[j] / (o * (m[j] + two)));
     }
@@ -151,20 +151,20 @@ L2L_INLINE void step_pass(const Weights& w, const float* grad, const Rows& state
   alignas(64) float x[kFeatures * kPass], h1[kHidden * kPass], h2[kHidden * kPass];
   preprocess(w, grad, x);
   layer<kFeatures, PREFETCH>(w.forward1, local_rows(x), state, state.from(kHidden), local_rows(h1), next);
-  layer<kHidden, PREFETCH>(w.forward2, local_rows(h1), state.from(2 * kHidden), state.from(3 * kHidden),
-                           local_rows(h2), next + kHidden * PREFETCH * 64);
+  layer<kHidden, PREFETCH>(w.forward2, local_rows(h1), state.from(2 * kHidden), state.from(3 * kHidden), local_rows(h2),
+                           next + kHidden * PREFETCH * 64);
   Vec sum[kVecs];
-  L2L_UNROLL for (int v = 0; v < kVecs; v++) sum[v] = broadcast(w.output_bias);
+  L2L_FOR (v, kVecs) sum[v] = broadcast(w.output_bias);
   for (int u = 0; u < kHidden; u++) {
     const Vec weight = broadcast(w.output[u]);
-    L2L_UNROLL for (int v = 0; v < kVecs; v++) {
+    L2L_FOR (v, kVecs) {
       const Vec h = load(h2 + u * kPass + v * kWidth);
       state.set(u, v, load(h1 + u * kPass + v * kWidth));
       state.set(2 * kHidden + u, v, h);
       sum[v] = fma(weight, h, sum[v]);
     }
   }
-  L2L_UNROLL for (int v = 0; v < kVecs; v++) store(update + v * kWidth, sum[v] * broadcast(w.output_scale));
+  L2L_FOR (v, kVecs) store(update + v * kWidth, sum[v] * broadcast(w.output_scale));
 }
 
 }  // namespace

@@ -103,7 +103,7 @@ void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
 
     const Vec sign = broadcast(args.grad_sign);
     alignas(64) float signed_grad[kPass];
-    L2L_UNROLL for (int v = 0; v < kVecs; v++) store(signed_grad + v * kWidth, load(grad + v * kWidth) * sign);
+    L2L_FOR (v, kVecs) store(signed_grad + v * kWidth, load(grad + v * kWidth) * sign);
     step_pass<kPass / 8>(*args.weights, signed_grad, rows, update, tiles[used - 1].state + tile_bytes);
 
     for (int i = 0; i < used; i++) {
@@ -115,7 +115,7 @@ void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
       const Vec lr = broadcast(args.lr), decay = broadcast(args.decay);
       alignas(64) float moved[kTile];
       L2L_UNROLL for (int lane = 0; lane < kTile; lane += kWidth)
-        store(moved + lane, fma(lr, load(update + i * kTile + lane), decay * load(values + lane)));
+          store(moved + lane, fma(lr, load(update + i * kTile + lane), decay * load(values + lane)));
       if (skip[i])
         for (int lane = 0; lane < t.count; lane++)
           if (not_finite(grad[i * kTile + lane])) {
@@ -198,7 +198,7 @@ double fma_peak(int64_t iterations) {
   for (Vec& chain : chains) chain = factor;
   const auto start = std::chrono::steady_clock::now();
   for (int64_t k = 0; k < iterations; k++) {
-    L2L_UNROLL for (int j = 0; j < kChains; j++) chains[j] = fma(chains[j], factor, term);
+    L2L_FOR (j, kChains) chains[j] = fma(chains[j], factor, term);
   }
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   Vec sum = {};

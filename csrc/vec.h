@@ -21,6 +21,8 @@
 
 #define L2L_INLINE inline __attribute__((always_inline))
 #define L2L_UNROLL _Pragma("GCC unroll 16")
+// A loop that is unrolled, so that arrays of vectors indexed by it live in registers.
+#define L2L_FOR(i, count) L2L_UNROLL for (int i = 0; i < (count); i++)
 
 namespace l2l {
 namespace {
@@ -92,24 +94,24 @@ template <int M>
 L2L_INLINE void exp2_split(Vec (&z)[M], Vec (&scale)[M], Vec (&fraction)[M]) {
   {
     const Vec low = pinned(-kExpClamp), high = pinned(kExpClamp);
-    L2L_UNROLL for (int m = 0; m < M; m++) z[m] = maximum(low, z[m]);
-    L2L_UNROLL for (int m = 0; m < M; m++) z[m] = minimum(high, z[m]);
+    L2L_FOR (m, M) z[m] = maximum(low, z[m]);
+    L2L_FOR (m, M) z[m] = minimum(high, z[m]);
   }
   {
     const Vec magic = pinned(kExpMagic);
-    L2L_UNROLL for (int m = 0; m < M; m++) scale[m] = z[m] + magic;
-    L2L_UNROLL for (int m = 0; m < M; m++) z[m] -= scale[m] - magic;
-    L2L_UNROLL for (int m = 0; m < M; m++) scale[m] = (Vec)((IVec)scale[m] << 23);
+    L2L_FOR (m, M) scale[m] = z[m] + magic;
+    L2L_FOR (m, M) z[m] -= scale[m] - magic;
+    L2L_FOR (m, M) scale[m] = (Vec)((IVec)scale[m] << 23);
   }
   {
     const Vec a = pinned(kExp[kExpDegree - 1]), b = pinned(kExp[kExpDegree - 2]);
-    L2L_UNROLL for (int m = 0; m < M; m++) fraction[m] = fma(a, z[m], b);
+    L2L_FOR (m, M) fraction[m] = fma(a, z[m], b);
   }
   L2L_UNROLL for (int i = kExpDegree - 3; i >= 0; i--) {
     const Vec c = pinned(kExp[i]);
-    L2L_UNROLL for (int m = 0; m < M; m++) fraction[m] = fma(fraction[m], z[m], c);
+    L2L_FOR (m, M) fraction[m] = fma(fraction[m], z[m], c);
   }
-  L2L_UNROLL for (int m = 0; m < M; m++) fraction[m] *= z[m];
+  L2L_FOR (m, M) fraction[m] *= z[m];
 }
 
 // Natural logarithm of normal positive floats, within 1 ulp of max(1, |log x|): x = 2^e (1 + m) with
@@ -222,17 +224,17 @@ L2L_INLINE void store_bf16(uint16_t* p, Vec v) {
 #if defined(__AVX2__)
 L2L_INLINE void transpose8(__m256 (&r)[8]) {
   __m256 t[8], u[8];
-  L2L_UNROLL for (int i = 0; i < 4; i++) {
+  L2L_FOR (i, 4) {
     t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
   }
-  L2L_UNROLL for (int i = 0; i < 2; i++) {
+  L2L_FOR (i, 2) {
     u[4 * i + 0] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
     u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
     u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
     u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
   }
-  L2L_UNROLL for (int i = 0; i < 4; i++) {
+  L2L_FOR (i, 4) {
     r[i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
     r[4 + i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
   }
@@ -245,9 +247,9 @@ L2L_INLINE void transpose(const float* from, int from_stride, float* to, int to_
   for (int r = 0; r < rows; r += 8)
     for (int c = 0; c < columns; c += 8) {
       __m256 block[8];
-      L2L_UNROLL for (int i = 0; i < 8; i++) block[i] = _mm256_loadu_ps(from + (r + i) * from_stride + c);
+      L2L_FOR (i, 8) block[i] = _mm256_loadu_ps(from + (r + i) * from_stride + c);
       transpose8(block);
-      L2L_UNROLL for (int i = 0; i < 8; i++) _mm256_storeu_ps(to + (c + i) * to_stride + r, block[i]);
+      L2L_FOR (i, 8) _mm256_storeu_ps(to + (c + i) * to_stride + r, block[i]);
     }
 #else
   for (int r = 0; r < rows; r++)

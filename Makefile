@@ -1,0 +1,60 @@
+# Every target makes what it needs: a clean clone and Python 3.10 or newer are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SANITIZED := build/sanitized
+CXX_SOURCES := $(wildcard csrc/*)
+
+.PHONY: help venv demo test check format bench sanitize clean
+
+help:
+	@echo "make demo      meta-train a rule and compare it with tuned optimizers (minutes)"
+	@echo "make test      run the test suite"
+	@echo "make check     formatting, lint and types"
+	@echo "make bench     run the benchmarks and write a report"
+	@echo "make sanitize  run the C++ tests under AddressSanitizer and UBSan"
+	@echo "make venv      only make $(VENV) and install the package into it"
+
+venv: $(INSTALLED)
+
+$(VENV)/.requirements: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+$(INSTALLED): $(VENV)/.requirements setup.py pyproject.toml $(CXX_SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: venv
+	$(BIN)/l2l-fast demo
+
+test: venv
+	$(BIN)/pytest
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: venv
+	$(BIN)/pytest bench --benchmark-only --benchmark-json=runs/bench/results.json
+	$(BIN)/python bench/report.py runs/bench/results.json
+
+# The whole package is built a second time, with instrumented C++, and put first on the path.
+sanitize: venv
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" LDFLAGS="-fsanitize=address,undefined" \
+	  $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_backend_contract.py
+
+clean:
+	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info l2l_fast/*.so
