@@ -18,12 +18,14 @@ struct Accumulators {
   float layer1[kRows][kColumns1];
   float layer2[kRows][kColumns2];
   float bias2[kRows][kWidth];
-  float output[kHidden][kWidth];
-  float output_bias[kWidth];
 };
 constexpr int kAccumulators = sizeof(Accumulators) / sizeof(float);
-// Float32 sums longer than this many coordinates times steps lose more than eager's own rounding.
-constexpr int kFlushInterval = 2560 / kPass;
+// The float64 sums: those of the accumulators, then the output layer's weights and bias, [lane] each.
+// The latter are few and cancel most, so they never pass through float32.
+constexpr int kSums = kAccumulators + (kHidden + 1) * kWidth;
+// Steps of a pass between two flushes: 512 terms per float32 sum. Ten times as many were up to three times
+// as wrong as eager's blocked sums.
+constexpr int kFlushInterval = 512 / kPass;
 
 // Vectors along the columns of a weight gradient; 8 lanes divide both column counts.
 #if defined(__AVX2__)
@@ -160,6 +162,11 @@ L2L_INLINE void flush(Accumulators& accumulators, double* sums) {
   }
 }
 
+L2L_INLINE void add_exactly(double* sums, Vec terms) {
+  typedef double DoubleVec __attribute__((vector_size(8 * L2L_WIDTH), aligned(8), may_alias));
+  *reinterpret_cast<DoubleVec*>(sums) += __builtin_convertvector(terms, DoubleVec);
+}
+
 // values[kPass] from the coordinates first .. first + count of a row, zero beyond.
 L2L_INLINE void load_lanes(const float* row, int count, float* values) {
   for (int i = 0; i < count; i++) values[i] = row[i];
@@ -228,21 +235,22 @@ struct Backward {
     alignas(64) float inputs[kColumns2 * kPass], inputs_t[kPass * kColumns2];
 
     // Output layer.
+    double* output_sums = sums + kAccumulators;
     Vec d_output[kVecs], bias_sum = {};
     L2L_FOR (v, kVecs) {
       d_output[v] = load(d_update + v * kWidth) * broadcast(w.output_scale);
       bias_sum += d_output[v];
     }
-    store(accumulators.output_bias, load(accumulators.output_bias) + bias_sum);
+    add_exactly(output_sums + kHidden * kWidth, bias_sum);
     for (int u = 0; u < kHidden; u++) {
-      Vec sum = load(accumulators.output[u]);
+      Vec sum = {};
       L2L_FOR (v, kVecs) {
         const float* s = layer2(t) + u * kSavedRows * kPass + v * kWidth;
         float* dh = d_h2 + u * kPass + v * kWidth;
         sum = fma(d_output[v], load(s + kO * kPass) * load(s + kTanhC * kPass), sum);
         store(dh, fma(d_output[v], broadcast(w.output[u]), load(dh)));
       }
-      store(accumulators.output[u], sum);
+      add_exactly(output_sums + u * kWidth, sum);
     }
 
     // Layer 2: its inputs are h1 of this step and h2 of the step before.

@@ -87,8 +87,8 @@ struct BackwardArgs {
 
 struct Kernels {
   const char* name;
-  int coordinates;      // worked on together: a multiple of kTile
-  size_t accumulators;  // doubles of weight gradients that `backward` adds into
+  int coordinates;  // worked on together: a multiple of kTile
+  size_t sums;      // doubles of weight gradients that `backward` adds into
   // All ranges are of tiles.
   void (*step)(const StepArgs&, int64_t tensor, int64_t begin, int64_t end);
   void (*forward)(const ForwardArgs&, int64_t begin, int64_t end);

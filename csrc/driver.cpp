@@ -124,7 +124,7 @@ void backward(const BackwardArgs& args, int features, float* d_weights, int thre
   const int64_t chunks = (tiles + chunk - 1) / chunk;
   const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
 
-  std::vector<double> sums(static_cast<size_t>(chunks) * k.accumulators, 0.0);
+  std::vector<double> sums(static_cast<size_t>(chunks) * k.sums, 0.0);
   const size_t scratch_size = k.scratch_floats(args.steps);
   const auto scratch = aligned<float>(scratch_size * static_cast<size_t>(workers));
 #pragma omp parallel num_threads(workers) if (workers > 1)
@@ -137,12 +137,12 @@ void backward(const BackwardArgs& args, int features, float* d_weights, int thre
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < chunks; i++)
       k.backward(args, i * chunk, std::min(tiles, (i + 1) * chunk), scratch.get() + scratch_size * worker,
-                 sums.data() + static_cast<size_t>(i) * k.accumulators);
+                 sums.data() + static_cast<size_t>(i) * k.sums);
   }
 
-  std::vector<double> total(k.accumulators, 0.0), flat(kFlat, 0.0);
+  std::vector<double> total(k.sums, 0.0), flat(kFlat, 0.0);
   for (int64_t i = 0; i < chunks; i++)
-    for (size_t j = 0; j < k.accumulators; j++) total[j] += sums[static_cast<size_t>(i) * k.accumulators + j];
+    for (size_t j = 0; j < k.sums; j++) total[j] += sums[static_cast<size_t>(i) * k.sums + j];
   k.collect(total.data(), flat.data());
   float* out = d_weights;
   for (int row = 0; row < kRows; row++)

@@ -210,7 +210,7 @@ double fma_peak(int64_t iterations) {
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, kPass, kAccumulators, step, forward, scratch_floats, backward, collect, fma_peak};
+  return {name, kPass, kSums, step, forward, scratch_floats, backward, collect, fma_peak};
 }
 
 }  // namespace
