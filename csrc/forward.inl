@@ -153,18 +153,23 @@ L2L_INLINE void step_pass(const Weights& w, const float* grad, const Rows& state
   layer<kFeatures, PREFETCH>(w.forward1, local_rows(x), state, state.from(kHidden), local_rows(h1), next);
   layer<kHidden, PREFETCH>(w.forward2, local_rows(h1), state.from(2 * kHidden), state.from(3 * kHidden), local_rows(h2),
                            next + kHidden * PREFETCH * 64);
-  Vec sum[kVecs];
-  L2L_FOR (v, kVecs) sum[v] = broadcast(w.output_bias);
-  for (int u = 0; u < kHidden; u++) {
-    const Vec weight = broadcast(w.output[u]);
-    L2L_FOR (v, kVecs) {
-      const Vec h = load(h2 + u * kPass + v * kWidth);
-      state.set(u, v, load(h1 + u * kPass + v * kWidth));
-      state.set(2 * kHidden + u, v, h);
-      sum[v] = fma(weight, h, sum[v]);
+  // Four short sums round less than one long one.
+  Vec sums[kGroup][kVecs] = {};
+  for (int u0 = 0; u0 < kHidden; u0 += kGroup)
+    L2L_FOR (j, kGroup) {
+      const int u = u0 + j;
+      const Vec weight = broadcast(w.output[u]);
+      L2L_FOR (v, kVecs) {
+        const Vec h = load(h2 + u * kPass + v * kWidth);
+        state.set(u, v, load(h1 + u * kPass + v * kWidth));
+        state.set(2 * kHidden + u, v, h);
+        sums[j][v] = fma(weight, h, sums[j][v]);
+      }
     }
+  L2L_FOR (v, kVecs) {
+    const Vec sum = (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]) + broadcast(w.output_bias);
+    store(update + v * kWidth, sum * broadcast(w.output_scale));
   }
-  L2L_FOR (v, kVecs) store(update + v * kWidth, sum[v] * broadcast(w.output_scale));
 }
 
 }  // namespace
