@@ -287,19 +287,29 @@ struct Backward {
     }
   }
 
-  // d_grad[count] of the step just walked back, through the preprocessing of grad[count].
-  void features_backward(const float* grad, int count, float* d_grad) const {
-    for (int i = 0; i < count; i++) {
-      float d[kFeatures] = {};
-      for (int j = 0; j < kRows; j++)
-        for (int k = 0; k < kFeatures; k++) d[k] += w.features1[j][k] * d_gates[j * kPass + i];
-      if (w.log_p == 0.0f)
-        d_grad[i] = d[0];
-      else if (__builtin_fabsf(grad[i]) >= w.threshold)
-        d_grad[i] = d[0] / (w.log_p * grad[i]);
-      else
-        d_grad[i] = d[1] * w.slope;
+  // d_grad[count] of the step just walked back, through the preprocessing of row[count].
+  void features_backward(const float* row, int count, float* d_grad) const {
+    alignas(64) float grad[kPass], result[kPass];
+    load_lanes(row, count, grad);
+    L2L_FOR (v, kVecs) {
+      Vec sums[4][kFeatures] = {};
+      for (int j = 0; j < kRows; j += 4)
+        L2L_FOR (r, 4) {
+          const Vec d = load(d_gates + (j + r) * kPass + v * kWidth);
+          L2L_FOR (k, kFeatures) sums[r][k] = fma(broadcast(w.features1[j + r][k]), d, sums[r][k]);
+        }
+      Vec d_x[kFeatures];
+      L2L_FOR (k, kFeatures) d_x[k] = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
+      if (w.log_p == 0.0f) {
+        store(result + v * kWidth, d_x[0]);
+      } else {
+        const Vec g = load(grad + v * kWidth);
+        const IVec large = (Vec)((IVec)g & 0x7fffffff) >= broadcast(w.threshold);
+        const Vec slope = broadcast(w.log_p) * select(large, g, broadcast(1.0f));
+        store(result + v * kWidth, select(large, d_x[0] / slope, d_x[1] * broadcast(w.slope)));
+      }
     }
+    memcpy(d_grad, result, sizeof(float) * count);
   }
 
   void pass(int64_t first, int count) {
