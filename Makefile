@@ -37,6 +37,7 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy bench
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: venv
@@ -45,6 +46,7 @@ format: venv
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: venv
+	mkdir -p runs/bench
 	$(BIN)/pytest bench --benchmark-only --benchmark-json=runs/bench/results.json
 	$(BIN)/python bench/report.py runs/bench/results.json
 

@@ -22,7 +22,7 @@ from l2l_fast.spec import LogAndSign, RuleSpec
 def split_weights(spec: RuleSpec, weights: Tensor) -> dict[str, Tensor]:
     """Views of the flat vector ``weights [P]``, by name."""
     shapes = spec.weight_shapes
-    blocks = weights.split([math.prod(shape) for shape in shapes.values()])
+    blocks = torch.split(weights, [math.prod(shape) for shape in shapes.values()])
     return {name: block.view(shape) for (name, shape), block in zip(shapes.items(), blocks, strict=True)}
 
 

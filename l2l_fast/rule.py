@@ -57,6 +57,7 @@ class CoordinatewiseLSTM(nn.Module):
         """All weights as one vector ``[P]`` in the order of :attr:`RuleSpec.weight_shapes`; differentiable."""
         blocks: list[Tensor] = []
         for cell in self.cells:
+            assert isinstance(cell, nn.LSTMCell)
             blocks += [cell.weight_ih.reshape(-1), cell.weight_hh.reshape(-1), cell.bias_ih + cell.bias_hh]
         return torch.cat([*blocks, self.output.weight.reshape(-1), self.output.bias])
 

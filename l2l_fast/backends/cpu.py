@@ -83,7 +83,8 @@ class CPUBackend:
         return packed
 
     def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
-        rows = packed.transpose(1, 2).reshape(-1, packed.shape[1])
+        # The explicit copy matters for a single tile, of which a reshape would be a view.
+        rows = packed.transpose(1, 2).contiguous().view(-1, packed.shape[1])
         return rows[:n].view(n, 2, 2, spec.hidden_size)
 
     def step_(

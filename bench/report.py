@@ -1,0 +1,113 @@
+"""Turns the JSON of a benchmark run into a Markdown report and a plot: ``python bench/report.py RESULTS.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+USAGE = "usage: python bench/report.py RESULTS.json  (writes RESULTS.md and RESULTS.png beside it)"
+
+
+def label(benchmark: dict[str, Any]) -> str:
+    """What a benchmark ran, without what its group already says."""
+    case = benchmark["name"].removeprefix("test_").partition("[")[0]
+    params = benchmark["params"] or {}
+    words = [str(value) for key, value in params.items() if key in ("backend", "name", "instruction_set")]
+    if "state_dtype" in params:
+        words.append(f"{params['state_dtype']} state")
+    return " ".join([case.replace("_", " "), *words])
+
+
+def is_eager(name: str) -> bool:
+    """Whether this is the plain PyTorch baseline of its group."""
+    return "eager" in name or name.endswith("reference")
+
+
+def by_group(benchmarks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Benchmarks of one group together, in the order of the run."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for benchmark in benchmarks:
+        groups[benchmark["group"]].append(benchmark)
+    return groups
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The whole report."""
+    machine = results["machine_info"]
+    cpu = machine.get("cpu", {}).get("brand_raw", machine.get("processor", "unknown CPU"))
+    lines = [
+        "# Benchmarks",
+        "",
+        f"{cpu}, {machine['instruction_set']} chosen, {machine['threads']} thread(s), "
+        f"{machine['fma_peak_gflops']:.0f} GFLOP/s measured FMA peak per thread; Python {machine['python']}, "
+        f"torch {machine['torch']}, l2l_fast {machine['l2l_fast']}; {results['datetime'][:10]}.",
+        "",
+        "Best time of all rounds. Ratios are to plain PyTorch in the same process, where it was run. Peak memory is "
+        "the rise of the resident set during one call.",
+    ]
+    for group, benchmarks in by_group(results["benchmarks"]).items():
+        eager = next((b["stats"]["min"] for b in benchmarks if is_eager(label(b))), None)
+        lines += ["", f"## {group}", "", "| case | ns per coordinate and step | x eager | FMA peak | peak memory |"]
+        lines += ["|---|---|---|---|---|"]
+        for benchmark in benchmarks:
+            info, seconds = benchmark["extra_info"], benchmark["stats"]["min"]
+            ratio = f"{eager / seconds:.2f}" if eager else ""
+            share = f"{info['share_of_fma_peak']:.1%}" if info["share_of_fma_peak"] else ""
+            memory = "" if info["peak_memory_mib"] is None else f"{info['peak_memory_mib']:.1f} MiB"
+            lines.append(
+                f"| {label(benchmark)} | {info['ns_per_coordinate_step']:.1f} | {ratio} | {share} | {memory} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Nanoseconds per coordinate and step over the number of coordinates, one panel per kind of work."""
+    series: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for benchmark in results["benchmarks"]:
+        kind, _, rest = benchmark["group"].partition(" n=")
+        tensors = rest.partition("tensors=")[2]
+        if tensors not in ("", "1"):
+            continue
+        info = benchmark["extra_info"]
+        series[kind][label(benchmark)].append((info["n"], info["ns_per_coordinate_step"]))
+    figure, axes = plt.subplots(1, len(series), figsize=(5 * len(series), 4.5), squeeze=False, layout="constrained")
+    for axis, (kind, lines) in zip(axes[0], series.items(), strict=True):
+        for name, points in lines.items():
+            x, y = zip(*sorted(points), strict=True)
+            axis.plot(x, y, marker="o", markersize=3, linestyle="--" if is_eager(name) else "-", label=name)
+        axis.set(title=kind, xscale="log", yscale="log", xlabel="coordinates")
+        axis.grid(which="major", alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("ns per coordinate and step")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the report; returns the exit code."""
+    if len(arguments) != 1:
+        print(USAGE, file=sys.stderr)
+        return 2
+    source = Path(arguments[0])
+    if not source.is_file():
+        print(f"error: there is no file {source}; make bench writes runs/bench/results.json", file=sys.stderr)
+        return 2
+    results = json.loads(source.read_text())
+    text = markdown(results)
+    source.with_suffix(".md").write_text(text)
+    plot(results, source.with_suffix(".png"))
+    print(text)
+    print(f"wrote {source.with_suffix('.md')} and {source.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
