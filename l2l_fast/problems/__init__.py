@@ -1,1 +1,45 @@
-"""Problems to meta-train on: distributions of functions to minimise."""
+"""Problems to meta-train and to evaluate rules on, and the protocol that makes one.
+
+A problem samples a batch of *independent* instances; one unroll then works on the whole batch, whose
+coordinates are just more coordinates to the rule. Random numbers come from the generator handed in
+and from nothing else: the same generator state gives the same instances, whatever the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from l2l_fast.problems.quadratic import Quadratic as Quadratic
+
+
+class Instances(Protocol):
+    """A batch of independent problem instances."""
+
+    def init(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Parameters to start from, by name; every one ``[batch, ...]``, all of one dtype and device."""
+
+    def loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+        """Loss of every instance ``[batch]``, on a minibatch drawn from ``generator`` where there is data.
+
+        Row ``b`` depends on row ``b`` of the parameters only.
+        """
+
+
+class Problem(Protocol):
+    """A distribution over problem instances. Its ``repr`` says which one it is."""
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Instances:
+        """``batch_size`` independent instances on ``device``, a function of the state of ``generator`` alone."""
+
+
+PROBLEMS: dict[str, Callable[..., Problem]] = {"quadratic": Quadratic}

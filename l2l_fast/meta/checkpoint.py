@@ -1,0 +1,128 @@
+"""The file from which interrupted meta-training carries on, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2l_fast.files import load_tensors, save_atomically
+from l2l_fast.meta.config import FREE_FIELDS, TrainConfig
+from l2l_fast.meta.log import LogRow
+from l2l_fast.rule import CoordinatewiseLSTM
+
+FORMAT = "l2l_fast.checkpoint.v1"
+
+
+@dataclass
+class Progress:
+    """The numbers that describe how far training has come.
+
+    Attributes:
+        updates: meta-updates done, skipped ones included.
+        seconds: seconds of training.
+        position: steps done of the current run; 0 if the next update starts one.
+        skipped, skipped_in_a_row: updates skipped for want of a finite loss and meta-gradient.
+        segments, loss_sum, grad_norm_sum: what was summed up since the last validation.
+        best_update: after how many updates the best rule was found.
+        history: a row per validation.
+    """
+
+    updates: int = 0
+    seconds: float = 0.0
+    position: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    segments: int = 0
+    loss_sum: float = 0.0
+    grad_norm_sum: float = 0.0
+    best_update: int = 0
+    history: list[LogRow] = field(default_factory=list)
+
+    @property
+    def best_validation_loss(self) -> float:
+        return self.history[-1].best_validation_loss if self.history else float("inf")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        history = [LogRow(**row) for row in values.pop("history")]
+        return cls(**values, history=history)
+
+
+def describe(rule: nn.Module, problem: object, config: TrainConfig) -> dict[str, Any]:
+    """What training is about, as JSON-compatible values: two trainings with the same description are the same."""
+    if isinstance(rule, CoordinatewiseLSTM):
+        about_rule: dict[str, Any] = {"type": type(rule).__name__, **rule.spec.to_dict()}
+    else:
+        about_rule = {
+            "type": type(rule).__name__,
+            "weights": {name: list(tensor.shape) for name, tensor in rule.state_dict().items()},
+        }
+    # The default repr holds an address, which differs from process to process.
+    named = type(problem).__repr__ is not object.__repr__
+    return {
+        "rule": about_rule,
+        "problem": repr(problem) if named else type(problem).__qualname__,
+        "config": config.to_dict(),
+    }
+
+
+def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], about: dict[str, Any], progress: Progress) -> None:
+    """Write a checkpoint, atomically.
+
+    Raises:
+        OSError: if the folder can't be written; an existing file is left as it is.
+    """
+    metadata = {"format": FORMAT, "about": json.dumps(about), "progress": json.dumps(asdict(progress))}
+    # Copies, because parameters of a run are views of one tensor, which the format refuses to share.
+    copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    save_atomically(copies, metadata, path)
+
+
+def load(path: str | os.PathLike[str], about: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:
+    """The tensors, on the CPU, and the progress in a checkpoint of the training that ``about`` describes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, of another format, or of another training, naming what differs.
+    """
+    tensors, metadata = load_tensors(path, FORMAT)
+    try:
+        found, progress = json.loads(metadata["about"]), Progress.from_dict(json.loads(metadata["progress"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} is a checkpoint without readable metadata: {error!r}") from error
+    here, there = _flat(json.loads(json.dumps(about))), _flat(found)
+    missing = object()
+    differences = [
+        f"{name} is {there.get(name, 'absent')!r} in the checkpoint but {here.get(name, 'absent')!r} here"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name, missing) != there.get(name, missing)
+    ]
+    if differences:
+        raise ValueError(
+            f"{os.fspath(path)} belongs to another training: {'; '.join(differences)}. Resume with the settings it was "
+            f"started with (only {', '.join(sorted(FREE_FIELDS))} may change), or train in another folder"
+        )
+    # Copies, because results to the bit need the alignment that PyTorch gives its own tensors.
+    return {name: tensor.clone() for name, tensor in tensors.items()}, progress
+
+
+def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _flat(about: dict[str, Any]) -> dict[str, Any]:
+    """``{"config": {"lr": ...}}`` as ``{"config.lr": ...}``, without the fields that may change."""
+    flat: dict[str, Any] = {}
+    for group, values in about.items():
+        if isinstance(values, dict):
+            flat |= {f"{group}.{name}": value for name, value in values.items() if name not in FREE_FIELDS}
+        else:
+            flat[group] = values
+    return flat

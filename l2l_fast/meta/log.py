@@ -1,0 +1,94 @@
+"""What meta-training reports while it runs, and where that is written."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """One meta-update, as handed to ``on_update``.
+
+    Attributes:
+        update: updates done, this one included.
+        updates: updates in all.
+        loss: meta-loss of the segment.
+        grad_norm: global norm of the meta-gradient before clipping.
+        lr: learning rate of the update.
+        seconds: seconds of training so far.
+        skipped: updates skipped so far because of a loss or meta-gradient that was not finite.
+        validation_loss: mean final loss, if this update was validated.
+        best_validation_loss: the best so far.
+    """
+
+    update: int
+    updates: int
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+    skipped: int
+    validation_loss: float | None
+    best_validation_loss: float
+
+
+@dataclass(frozen=True)
+class LogRow:
+    """One validation, as kept in the history and in ``log.csv``.
+
+    Attributes:
+        update: updates done.
+        seconds: seconds of training so far.
+        lr: learning rate of the next update.
+        loss: mean meta-loss of the segments since the row before, skipped ones left out; ``None`` if there were none.
+        grad_norm: mean norm of their meta-gradients before clipping.
+        skipped: updates skipped so far.
+        validation_loss: mean over the validation instances of the loss after the last step.
+        best_validation_loss: the best so far.
+    """
+
+    update: int
+    seconds: float
+    lr: float
+    loss: float | None
+    grad_norm: float | None
+    skipped: int
+    validation_loss: float
+    best_validation_loss: float
+
+
+def write_log(path: str | os.PathLike[str], rows: Iterable[LogRow], *, append: bool = False) -> None:
+    """Write ``rows`` to a CSV file, in place of what it held or at its end."""
+    with Path(path).open("a" if append else "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if not append:
+            writer.writerow([field.name for field in fields(LogRow)])
+        writer.writerows(astuple(row) for row in rows)
+
+
+def tensorboard(folder: str | os.PathLike[str]) -> Callable[[TrainEvent], None]:
+    """A consumer of events for ``fit(on_update=...)`` that writes TensorBoard scalars to ``folder``.
+
+    Raises:
+        ImportError: if TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("TensorBoard is not installed; install the package tensorboard, or leave it out") from error
+    writer = SummaryWriter(os.fspath(folder))
+
+    def write(event: TrainEvent) -> None:
+        for name in ("loss", "grad_norm", "lr", "skipped", "validation_loss"):
+            value = getattr(event, name)
+            if value is not None and math.isfinite(value):
+                writer.add_scalar(f"meta/{name}", value, event.update)
+        if event.validation_loss is not None:
+            writer.flush()
+
+    return write
