@@ -23,8 +23,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 def instruction_set() -> str:
     """The instruction set in use."""
-    name: str = _C.instruction_set()
-    return name
+    return _C.instruction_set()
 
 
 def use_instruction_set(name: str) -> None:
@@ -38,8 +37,7 @@ def use_instruction_set(name: str) -> None:
 
 def fma_peak(iterations: int = 1_000_000) -> float:
     """Float32 operations per second that one thread reaches in fused multiply-adds alone."""
-    peak: float = _C.fma_peak(iterations)
-    return peak
+    return _C.fma_peak(iterations)
 
 
 def _array(tensor: Tensor) -> Any:
