@@ -43,15 +43,13 @@ constexpr int kOuterRows1 = 4, kOuterVecs1 = 2, kOuterRows2 = 4, kOuterVecs2 = 2
 #endif
 
 // d_weights[kRows][COLUMNS] += d_gates[kRows][kPass] inputs[kPass][COLUMNS]
+// The pass is summed by itself first: two short sums round less than one long one.
 template <int ROWS, int VECS, int COLUMNS>
 L2L_INLINE void add_outer_products(float* d_weights, const float* d_gates, const float* inputs) {
   for (int column = 0; column < COLUMNS; column += VECS * kColumnWidth)
     for (int row = 0; row < kRows; row += ROWS) {
-      ColumnVec sums[ROWS][VECS];
-      float* out = d_weights + row * COLUMNS + column;
-      L2L_FOR (r, ROWS)
-        L2L_FOR (v, VECS) sums[r][v] = *reinterpret_cast<ColumnVec*>(out + r * COLUMNS + v * kColumnWidth);
-#pragma GCC unroll 2
+      ColumnVec sums[ROWS][VECS] = {};
+#pragma GCC unroll 4
       for (int b = 0; b < kPass; b++) {
         ColumnVec x[VECS];
         L2L_FOR (v, VECS) x[v] = *reinterpret_cast<const ColumnVec*>(inputs + b * COLUMNS + column + v * kColumnWidth);
@@ -61,7 +59,8 @@ L2L_INLINE void add_outer_products(float* d_weights, const float* d_gates, const
         }
       }
       L2L_FOR (r, ROWS)
-        L2L_FOR (v, VECS) *reinterpret_cast<ColumnVec*>(out + r * COLUMNS + v * kColumnWidth) = sums[r][v];
+        L2L_FOR (v, VECS)
+          *reinterpret_cast<ColumnVec*>(d_weights + (row + r) * COLUMNS + column + v * kColumnWidth) += sums[r][v];
     }
 }
 
@@ -236,12 +235,11 @@ struct Backward {
 
     // Output layer.
     double* output_sums = sums + kAccumulators;
-    Vec d_output[kVecs], bias_sum = {};
+    Vec d_output[kVecs];
     L2L_FOR (v, kVecs) {
       d_output[v] = load(d_update + v * kWidth) * broadcast(w.output_scale);
-      bias_sum += d_output[v];
+      add_exactly(output_sums + kHidden * kWidth, d_output[v]);
     }
-    add_exactly(output_sums + kHidden * kWidth, bias_sum);
     for (int u = 0; u < kHidden; u++) {
       Vec sum = {};
       L2L_FOR (v, kVecs) {
