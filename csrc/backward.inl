@@ -69,9 +69,11 @@ L2L_INLINE void activate_and_save(const float* gates, const Rows& c_before, floa
 #pragma GCC unroll 1
   for (int u = 0; u < kGroup; u++)
     L2L_FOR (v, kVecs) {
-      const GateTerms t = gate_terms(gates + u * 4 * kPass + v * kWidth);
+      const GateTerms t = gate_terms<kBackwardClamp>(gates + u * 4 * kPass + v * kWidth);
       const Vec one = pinned(1.0f);
-      const Vec i = one / t.i, f = one / t.f, o = one / t.o, g = -t.m / (t.m + broadcast(2.0f));
+      const Vec least = pinned(0x1p-126f);  // what the clamp leaves of a saturated sigmoid
+      const Vec i = one / t.i - least, f = one / t.f - least, o = one / t.o - least;
+      const Vec g = -t.m / (t.m + broadcast(2.0f));
       float* out = saved + u * kSavedRows * kPass + v * kWidth;
       store(out + kI * kPass, i);
       store(out + kF * kPass, f);
@@ -83,7 +85,7 @@ L2L_INLINE void activate_and_save(const float* gates, const Rows& c_before, floa
   for (int e = 0; e < kGroup * kVecs; e += 4) {
     Vec cell[4], m[4];
     L2L_FOR (j, 4) cell[j] = load(saved + ((e + j) / kVecs * kSavedRows + kC) * kPass + (e + j) % kVecs * kWidth);
-    cell_terms(cell, m);
+    cell_terms<kForwardClamp>(cell, m);
     const Vec two = pinned(2.0f);
     L2L_FOR (j, 4) {
       float* out = saved + (e + j) / kVecs * kSavedRows * kPass + (e + j) % kVecs * kWidth;

@@ -89,21 +89,23 @@ L2L_INLINE void unit_gates(const float* weights, const Rows& x, const Rows& h, f
 struct GateTerms {
   Vec i, f, m, o;
 };
+template <int CLAMP>
 L2L_INLINE GateTerms gate_terms(const float* gates) {
   Vec z[4], scale[4], fraction[4];
   L2L_FOR (r, 4) z[r] = load(gates + r * kPass);
-  exp2_split<4>(z, scale, fraction);
+  exp2_split<CLAMP>(z, scale, fraction);
   const Vec one = pinned(1.0f);
   return {one + fma(scale[0], fraction[0], scale[0]), one + fma(scale[1], fraction[1], scale[1]),
           fma(scale[2], fraction[2], scale[2] - one), one + fma(scale[3], fraction[3], scale[3])};
 }
 
 // m = e^{-2c} - 1 of four cells in lock step; tanh(c) = -m / (m + 2).
+template <int CLAMP>
 L2L_INLINE void cell_terms(Vec (&c)[4], Vec (&m)[4]) {
   const Vec factor = pinned(-2 * kLog2E);
   Vec scale[4], fraction[4];
   L2L_FOR (j, 4) c[j] *= factor;
-  exp2_split<4>(c, scale, fraction);
+  exp2_split<CLAMP>(c, scale, fraction);
   const Vec one = pinned(1.0f);
   L2L_FOR (j, 4) m[j] = fma(scale[j], fraction[j], scale[j] - one);
 }
@@ -114,7 +116,7 @@ L2L_INLINE void activate(const float* gates, const Rows& c, const Rows& h) {
 #pragma GCC unroll 1
   for (int u = 0; u < kGroup; u++)
     L2L_FOR (v, kVecs) {
-      const GateTerms t = gate_terms(gates + u * 4 * kPass + v * kWidth);
+      const GateTerms t = gate_terms<kForwardClamp>(gates + u * 4 * kPass + v * kWidth);
       const Vec ig = t.i * (t.m + broadcast(2.0f));
       c.set(u, v, (c.get(u, v) * ig - t.m * t.f) / (ig * t.f));
       store(o_denominator + u * kPass + v * kWidth, t.o);
@@ -123,7 +125,7 @@ L2L_INLINE void activate(const float* gates, const Rows& c, const Rows& h) {
   for (int e = 0; e < kGroup * kVecs; e += 4) {
     Vec cell[4], m[4];
     L2L_FOR (j, 4) cell[j] = c.get((e + j) / kVecs, (e + j) % kVecs);
-    cell_terms(cell, m);
+    cell_terms<kForwardClamp>(cell, m);
     const Vec two = pinned(2.0f);
     L2L_FOR (j, 4) {
       const Vec o = load(o_denominator + (e + j) * kWidth);

@@ -85,15 +85,18 @@ constexpr float kExp[kExpDegree] = {0.693147182f,   0.240226477f,   0.0555033237
                                     0.00961843692f, 0.00133988739f, 0.00015353362f};
 // Adding it leaves round(z) + 127 in the low bits of the sum: the exponent field of 2^round(z).
 constexpr float kExpMagic = 12582912.0f + 127.0f;
-// Beyond 2^40 a sigmoid is 0 or 1 to float32; products of three such terms still stay finite.
-constexpr float kExpClamp = 40.0f;
+// Bounds on exponents. Beyond 2^40 a sigmoid is 0 or 1 to float32, and products of three such terms
+// stay finite, which the forward's shared divisions need. The backward multiplies derivatives of
+// saturated gates by inputs of any size, so it goes on to the smallest normal number, which it takes for 0.
+constexpr int kForwardClamp = 40;
+constexpr int kBackwardClamp = 126;
 
 // For M vectors in lock step: 2^z = scale * (1 + fraction). Constants are loaded once for all M, and
 // the M chains are independent work for the out-of-order window.
-template <int M>
+template <int CLAMP, int M>
 L2L_INLINE void exp2_split(Vec (&z)[M], Vec (&scale)[M], Vec (&fraction)[M]) {
   {
-    const Vec low = pinned(-kExpClamp), high = pinned(kExpClamp);
+    const Vec low = pinned(-1.0f * CLAMP), high = pinned(1.0f * CLAMP);
     L2L_FOR (m, M) z[m] = maximum(low, z[m]);
     L2L_FOR (m, M) z[m] = minimum(high, z[m]);
   }

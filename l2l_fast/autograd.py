@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2l_fast.backends import get as get_backend
+from l2l_fast.backends import resolve
 from l2l_fast.spec import Identity, LogAndSign, RuleSpec
 
 
@@ -22,14 +22,27 @@ def _spec(hidden_size: int, log_p: float, output_scale: float) -> RuleSpec:
 
 @torch.library.custom_op("l2l_fast::step", mutates_args=())
 def _step(
-    weights: Tensor, grad: Tensor, state: Tensor, hidden_size: int, log_p: float, output_scale: float, backend: str
+    weights: Tensor,
+    grad: Tensor,
+    state: Tensor,
+    hidden_size: int,
+    log_p: float,
+    output_scale: float,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    return get_backend(backend).step(_spec(hidden_size, log_p, output_scale), weights, grad, state)
+    spec = _spec(hidden_size, log_p, output_scale)
+    return resolve(backend, grad.device, weights.dtype, spec).step(spec, weights, grad, state)
 
 
 @_step.register_fake
 def _(
-    weights: Tensor, grad: Tensor, state: Tensor, hidden_size: int, log_p: float, output_scale: float, backend: str
+    weights: Tensor,
+    grad: Tensor,
+    state: Tensor,
+    hidden_size: int,
+    log_p: float,
+    output_scale: float,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     return weights.new_empty(grad.shape), weights.new_empty(state.shape)
 
@@ -44,10 +57,11 @@ def _step_backward(
     hidden_size: int,
     log_p: float,
     output_scale: float,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = _spec(hidden_size, log_p, output_scale)
-    return get_backend(backend).step_backward(spec, weights, grad, state, d_update, d_state)
+    chosen = resolve(backend, grad.device, weights.dtype, spec)
+    return chosen.step_backward(spec, weights, grad, state, d_update, d_state)
 
 
 @_step_backward.register_fake
@@ -60,7 +74,7 @@ def _(
     hidden_size: int,
     log_p: float,
     output_scale: float,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return weights.new_empty(weights.shape), weights.new_empty(grad.shape), weights.new_empty(state.shape)
 
@@ -92,7 +106,7 @@ def _unroll_loss(
     hidden_size: int,
     log_p: float,
     output_scale: float,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     return loss.clone()
 
@@ -108,7 +122,7 @@ def _(
     hidden_size: int,
     log_p: float,
     output_scale: float,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     return torch.empty_like(loss)
 
@@ -122,10 +136,11 @@ def _unroll_backward(
     hidden_size: int,
     log_p: float,
     output_scale: float,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     spec = _spec(hidden_size, log_p, output_scale)
-    d_weights, d_state = get_backend(backend).unroll_backward(spec, weights, grads, loss_weights, state)
+    chosen = resolve(backend, grads.device, weights.dtype, spec)
+    d_weights, d_state = chosen.unroll_backward(spec, weights, grads, loss_weights, state)
     return d_weights, weights.new_empty(0) if d_state is None else d_state
 
 
@@ -138,7 +153,7 @@ def _(
     hidden_size: int,
     log_p: float,
     output_scale: float,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     return weights.new_empty(weights.shape), weights.new_empty((0,) if state is None else state.shape)
 
@@ -165,10 +180,11 @@ def _unroll_vjp(ctx: Any, d_loss: Tensor) -> tuple[Any, ...]:
 _unroll_loss.register_autograd(_unroll_vjp, setup_context=_unroll_context)
 
 
-def step(spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def step(spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
     """One differentiable step: ``(update [N], new state [N, 2, 2, H])`` in the dtype of the weights.
 
-    Differentiable once by ``weights [P]``, ``grad [N]`` and ``state [N, 2, 2, H]``.
+    Differentiable once by ``weights [P]``, ``grad [N]`` and ``state [N, 2, 2, H]``. The backend is chosen
+    inside the operator, where the compiler does not look: ``None`` is the fastest that works.
     """
     update, new_state = torch.ops.l2l_fast.step(
         weights, grad, state, spec.hidden_size, spec.log_p, spec.output_scale, backend
@@ -184,7 +200,7 @@ def unroll_loss(
     state: Tensor | None,
     grads: Tensor,
     loss_weights: Tensor,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     """``loss``, made differentiable by first-order meta-gradients.
 

@@ -35,7 +35,7 @@ class Backend(Protocol):
     name: str
 
     def unavailable(self, device: torch.device, dtype: torch.dtype, spec: RuleSpec) -> str | None:
-        """Why a rule of this ``spec`` with parameters of ``dtype`` can't run here; ``None`` if it can."""
+        """Why a rule of this ``spec`` can't run here on parameters or weights of ``dtype``; ``None`` if it can."""
 
     def prepare(self, spec: RuleSpec, weights: Tensor) -> Any:
         """The weights in the form that :meth:`step_` takes; valid until the weights change."""
@@ -65,7 +65,7 @@ class Backend(Protocol):
         """``param <- (1 - lr * weight_decay) * param + lr * update``, many tensors, in place, no tape.
 
         Args:
-            params: contiguous, any shape, changed in place.
+            params: contiguous, any shape, all of one dtype, changed in place.
             grads: contiguous, like ``params`` in shape and dtype; left as they are.
             states: packed, one per parameter, all of one storage dtype, changed in place.
             maximize: feed the rule the negated gradient.

@@ -171,10 +171,14 @@ class CPUBackend:
         return d_weights, d_state
 
 
-_CODES = {} if _IMPORT_ERROR else {
-    torch.float32: _C.FLOAT32,
-    torch.float16: _C.FLOAT16,
-    torch.bfloat16: _C.BFLOAT16,
-}
+_CODES = (
+    {}
+    if _IMPORT_ERROR
+    else {
+        torch.float32: _C.FLOAT32,
+        torch.float16: _C.FLOAT16,
+        torch.bfloat16: _C.BFLOAT16,
+    }
+)
 
 BACKEND = CPUBackend()

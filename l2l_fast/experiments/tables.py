@@ -1,0 +1,155 @@
+"""Tables of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+from l2l_fast.experiments.evaluate import Evaluation
+from l2l_fast.experiments.figures import LABELS
+from l2l_fast.experiments.numerics import Comparison
+from l2l_fast.experiments.speed import Timing
+from l2l_fast.meta import Diagnosis, SearchResult
+from l2l_fast.meta.diagnostics import Histogram
+from l2l_fast.spec import LogAndSign, Preprocess
+
+
+def describe(preprocess: Preprocess) -> str:
+    """A preprocessing in words."""
+    return f"log and sign, p = {preprocess.p:g}" if isinstance(preprocess, LogAndSign) else "raw gradient"
+
+
+def _table(title: str, *, caption: str | None = None) -> Table:
+    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Final losses, and every optimizer relative to the best tuned baseline."""
+    table = _table(
+        f"{evaluation.problem}: loss at step {evaluation.steps}, mean over {evaluation.functions} fresh functions"
+    )
+    table.add_column("optimizer")
+    for column in ("lr", "final loss", f"/ {LABELS[evaluation.best_baseline]}", "95 % interval", "won"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, run in evaluation.runs.items():
+        ratio = evaluation.ratio(name)
+        best = name == evaluation.best_baseline
+        lr = "" if run.tuned is None else f"{run.tuned.lr:.3g}" + ("*" if run.tuned.stepped_down else "")
+        table.add_row(
+            LABELS.get(name, name),
+            lr,
+            f"{run.final_loss:.3g} ± {run.final_standard_error:.2g}",
+            "1" if best else f"{ratio.value:.3f}",
+            "" if best else f"[{ratio.low:.3f}, {ratio.high:.3f}]",
+            "" if best else f"{ratio.won:.0%}",
+            style="bold" if name in evaluation.learned else None,
+        )
+    table.caption = "±: standard error; won: share of the functions on which it ends lower"
+    if any(run.tuned is not None and run.tuned.stepped_down for run in evaluation.baselines.values()):
+        table.caption += "\n* the tuned learning rate diverges here, so a lower one is used"
+    return table
+
+
+def timing_table(timings: list[Timing]) -> Table:
+    """Nanoseconds per coordinate and step, and how much faster than eager."""
+    table = _table(f"speed: ns per coordinate and step, {_threads(timings[0].threads)}")
+    table.add_column("what")
+    table.add_column("coordinates", justify="right")
+    table.add_column("steps", justify="right")
+    names = list(timings[0].nanoseconds)
+    for name in names:
+        table.add_column(name, justify="right")
+    for timing in timings:
+        eager = timing.nanoseconds["eager"]
+        cells = [
+            f"{value:.0f}" + ("" if name == "eager" else f"  ({eager / value:.1f}x faster)")
+            for name, value in timing.nanoseconds.items()
+        ]
+        table.add_row(timing.what, f"{timing.coordinates:,}", str(timing.steps), *cells)
+    return table
+
+
+def numerics_table(comparison: Comparison) -> Table:
+    """Errors of a backend and of float32 eager against float64."""
+    table = _table(
+        f"numerics: largest error against float64, {describe(comparison.preprocess)}, "
+        f"{comparison.coordinates:,} coordinates",
+        caption="eager: float32 PyTorch with autograd; relative: to the largest magnitude there;\n"
+        "ratio: of the errors, each counted as at least half an ulp of that magnitude",
+    )
+    for column in ("run", "quantity"):
+        table.add_column(column)
+    for column in (comparison.backend, "relative", "eager", "relative", "ratio"):
+        table.add_column(column, justify="right", no_wrap=True)
+    run = ""
+    for row in comparison.rows:
+        label = {"step": "one step", "unroll": f"{comparison.steps} steps"}[row.run] if row.run != run else ""
+        if label and run:
+            table.add_section()
+        run = row.run
+        cells = [f"{value:.1e}" for error in (row.fused, row.eager) for value in (error, error / row.scale)]
+        table.add_row(label, row.quantity, *cells, f"{row.ratio:.2f}")
+    return table
+
+
+def search_table(result: SearchResult) -> Table:
+    """Trials of a search in the order they were made."""
+    table = _table("learning rates tried")
+    table.add_column("lr", justify="right")
+    table.add_column("best validation loss", justify="right")
+    for trial in result.trials:
+        best = trial.lr == result.best_lr
+        table.add_row(f"{trial.lr:.3g}", f"{trial.validation_loss:.4g}", style="bold" if best else None)
+    return table
+
+
+def diagnosis_table(diagnosis: Diagnosis) -> Table:
+    """What a rule is fed, what it does and what its training sees, over the segments of a run."""
+    table = _table("diagnosis")
+    table.add_column("quantity")
+    table.add_column("from the start of a run to its end", no_wrap=True)
+
+    def over_run(values: Tensor) -> str:
+        picked = torch.linspace(0, len(values) - 1, min(len(values), 6)).round().long()
+        return "  ".join(f"{value:.3g}" for value in values[picked].tolist())
+
+    table.add_row("loss", over_run(diagnosis.losses))
+    table.add_row("cosine of update and -gradient", over_run(diagnosis.cosine))
+    table.add_row("|update| / |theta|", over_run(diagnosis.relative_update))
+    table.add_row("meta-gradient norm", over_run(diagnosis.meta_gradient_norms))
+    table.add_section()
+    for index, histogram in enumerate(diagnosis.features):
+        table.add_row(f"feature {index}", _sparkline(histogram))
+    for layer in ("1", "2"):
+        shares = {name: share for name, share in diagnosis.saturation.items() if name.startswith(layer)}
+        table.add_row(
+            f"saturated gates, layer {layer}", "  ".join(f"{name[2:]} {share:.0%}" for name, share in shares.items())
+        )
+    table.caption = diagnosis.verdict()
+    return table
+
+
+def _sparkline(histogram: Histogram) -> str:
+    """A histogram on a log scale as a line of blocks between its limits."""
+    heights = histogram.counts.double().log1p()
+    top = max(float(heights.max()), 1.0)
+    blocks = "".join(" ▁▂▃▄▅▆▇█"[round(8 * height / top)] for height in heights.tolist())
+    return f"{histogram.edges[0]:.3g} {blocks} {histogram.edges[-1]:.3g}"
+
+
+def info_table(facts: Mapping[str, str]) -> Table:
+    """Names and what is known about them, without borders."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    return table
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"

@@ -1,0 +1,104 @@
+"""Meta-training and the search for its learning rate, with progress bars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+
+from l2l_fast.experiments.progress import console, progress
+from l2l_fast.meta import MetaTrainer, SearchResult, TrainConfig, TrainEvent, TrainResult, search
+from l2l_fast.meta.search import Trial
+from l2l_fast.meta.trainer import BEST, CHECKPOINT, LOG, SUMMARY
+from l2l_fast.problems import Problem
+from l2l_fast.rule import CoordinatewiseLSTM
+
+SEARCH = "search.db"
+
+_SMOOTHING = 0.9  # of the live loss, which is that of a few functions and jumps
+
+
+class _LiveLoss:
+    """Smoothed meta-loss and the latest validation, in words."""
+
+    def __init__(self) -> None:
+        self._loss = math.nan
+        self._validation = math.nan
+
+    def __call__(self, event: TrainEvent) -> str:
+        if math.isfinite(event.loss):
+            known = math.isfinite(self._loss)
+            self._loss = _SMOOTHING * self._loss + (1 - _SMOOTHING) * event.loss if known else event.loss
+        if event.validation_loss is not None:
+            self._validation = event.validation_loss
+        text = f"loss {self._loss:.3g}"
+        if math.isfinite(self._validation):
+            text += f", validation {self._validation:.3g}, best {event.best_validation_loss:.3g}"
+        return text + (f", {event.skipped} skipped" if event.skipped else "")
+
+
+def fit(trainer: MetaTrainer, *, description: str = "meta-training", resume: bool = False) -> TrainResult:
+    """:meth:`MetaTrainer.fit` with a progress bar; without a terminal, with a line for every tenth of the way.
+
+    Raises:
+        As :meth:`MetaTrainer.fit` does.
+    """
+    live = _LiveLoss()
+    updates = trainer.config.updates
+    done = 0
+    with progress(description, updates) as advance:
+
+        def on_update(event: TrainEvent) -> None:
+            nonlocal done
+            note = live(event)
+            advance(event.update - done, note=note)
+            if not console.is_terminal and event.update * 10 // updates > done * 10 // updates:
+                console.print(f"{description}: {event.update}/{updates}, {note}", highlight=False, soft_wrap=True)
+            done = event.update
+
+        return trainer.fit(resume=resume, on_update=on_update)
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse a folder in which something has been trained already.
+
+    Raises:
+        FileExistsError: if there is such a thing, with the names of its files.
+    """
+    found = [name for name in (CHECKPOINT, BEST, LOG, SUMMARY, SEARCH) if (folder / name).exists()]
+    if found:
+        raise FileExistsError(
+            f"{folder} holds {', '.join(found)} of an earlier training; --resume carries on with it, "
+            "--out names another folder"
+        )
+
+
+def search_lr(
+    make_rule: Callable[[], CoordinatewiseLSTM],
+    problem: Problem,
+    config: TrainConfig,
+    folder: Path,
+    trials: int,
+) -> SearchResult:
+    """:func:`l2l_fast.meta.search` with a progress bar; trials in ``folder/search.db`` are not made again.
+
+    Raises:
+        ValueError: if they belong to another search.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with progress("searching a learning rate", trials) as advance:
+
+        def on_trial(trial: Trial) -> None:
+            advance(note=f"lr {trial.lr:.2g}: {trial.validation_loss:.3g}")
+
+        return search(
+            problem,
+            make_rule,
+            config,
+            trials,
+            seed=config.seed,
+            storage=f"sqlite:///{folder / SEARCH}",
+            on_trial=on_trial,
+        )

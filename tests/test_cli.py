@@ -1,0 +1,282 @@
+"""The command line: what it prints, what it writes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from l2l_fast import CoordinatewiseLSTM, LogAndSign, __version__
+from l2l_fast.backends import get
+from l2l_fast.baselines import Tuned
+from l2l_fast.cli.app import app
+from l2l_fast.problems import PROBLEMS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = ["--updates", "4", "--batch-size", "2", "--horizon", "4", "--truncation", "2"]
+
+
+def run(*args: str | Path) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error; nothing but an exit may leave the command."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def error_of(*args: str | Path) -> str:
+    """The one line that a command which fails as expected prints."""
+    code, _, err = run(*args)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def rule_file(tmp_path: Path) -> Path:
+    path = tmp_path / "rule.safetensors"
+    CoordinatewiseLSTM(preprocess=None).save(path)
+    return path
+
+
+def test_info() -> None:
+    code, out, _ = run("info")
+    assert code == 0
+    for expected in (__version__, torch.__version__, "backend cpu", "backend reference", "works", "threads"):
+        assert expected in out
+
+
+def test_every_command_has_help() -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("info", "train", "evaluate", "figure", "numerics", "bench", "demo"):
+        assert command in out
+        assert run(command, "--help")[0] == 0
+
+
+def test_train_writes_a_rule_and_refuses_to_overwrite_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, _ = run("train", "quadratic", *SMALL, "--out", out)
+    assert code == 0
+    assert "4 updates" in printed
+    rule = (out / "best.safetensors").read_bytes()
+    assert CoordinatewiseLSTM.load(out / "best.safetensors").spec.log_p == 0
+
+    message = error_of("train", "quadratic", *SMALL, "--out", out)
+    assert "holds checkpoint.safetensors, best.safetensors" in message
+    assert "--resume" in message
+    assert (out / "best.safetensors").read_bytes() == rule
+    assert run("train", "quadratic", *SMALL, "--out", out, "--resume")[0] == 0
+
+
+def test_train_passes_its_options_on(tmp_path: Path) -> None:
+    options = {
+        "--updates": "3", "--lr": "0.02", "--batch-size": "2", "--truncation": "3", "--horizon": "6",
+        "--preprocess": "log", "--p": "7", "--output-scale": "0.2", "--hidden-size": "4", "--seed": "5",
+        "--max-seconds": "60",
+    }  # fmt: skip
+    flat = [text for option in options.items() for text in option]
+    code, printed, _ = run("train", "quadratic", *flat, "--second-derivatives", "--diagnose", "--out", tmp_path / "out")
+    assert code == 0
+    assert "saturated gates" in printed
+    rule = CoordinatewiseLSTM.load(tmp_path / "out" / "best.safetensors")
+    assert rule.spec.preprocess == LogAndSign(7)
+    assert (rule.spec.output_scale, rule.spec.hidden_size) == (0.2, 4)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    expected = {
+        "updates": 3, "lr": 0.02, "batch_size": 2, "truncation": 3, "horizon": 6, "seed": 5, "max_seconds": 60.0,
+        "second_derivatives": True,
+    }  # fmt: skip
+    assert {name: summary["config"][name] for name in expected} == expected
+
+
+def test_training_depends_on_its_seed_only(tmp_path: Path) -> None:
+    rules = []
+    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert run("train", "quadratic", *SMALL, "--seed", seed, "--out", tmp_path / folder)[0] == 0
+        rules.append(CoordinatewiseLSTM.load(tmp_path / folder / "best.safetensors").flat_weights())
+    assert torch.equal(rules[0], rules[1])
+    assert not torch.equal(rules[0], rules[2])
+
+
+def test_train_searches_a_learning_rate(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, _ = run("train", "quadratic", *SMALL, "--search", "2", "--out", out)
+    assert code == 0
+    assert "learning rates tried" in printed
+    config = json.loads((out / "summary.json").read_text())["config"]
+    assert config["lr"] != 0.01
+    assert "search.db" in error_of("train", "quadratic", *SMALL, "--search", "2", "--out", out)
+    assert run("train", "quadratic", *SMALL, "--search", "2", "--out", out, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "nan"], "lr must be finite and positive, got nan"),
+        (["--lr", "-1"], "lr must be finite and positive, got -1.0"),
+        (["--truncation", "200"], "truncation must be at most the horizon"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--hidden-size", "0"], "hidden_size must be at least 1"),
+        (["--preprocess", "log", "--p", "inf"], "LogAndSign.p must be a finite number"),
+        (["--max-seconds", "0"], "max_seconds must be finite and positive"),
+    ],
+)
+def test_train_refuses_settings_before_it_makes_a_folder(tmp_path: Path, options: list[str], message: str) -> None:
+    assert message in error_of("train", "quadratic", *options, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_without_a_checkpoint(tmp_path: Path) -> None:
+    assert "there is no file" in error_of("train", "quadratic", *SMALL, "--out", tmp_path, "--resume")
+
+
+def test_resume_with_other_settings(tmp_path: Path) -> None:
+    assert run("train", "quadratic", *SMALL, "--out", tmp_path)[0] == 0
+    message = error_of("train", "quadratic", *SMALL, "--lr", "0.5", "--out", tmp_path, "--resume")
+    assert "config.lr is 0.01 in the checkpoint but 0.5 here" in message
+
+
+@pytest.mark.parametrize("command", [["train", "cubic"], ["evaluate", "cubic", "--rule", "quadratic"]])
+def test_unknown_problem(command: list[str]) -> None:
+    message = error_of(*command)
+    assert "unknown problem 'cubic'" in message
+    for name in PROBLEMS:
+        assert repr(name) in message
+
+
+def test_evaluate(rule_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, _ = run(
+        "evaluate", "quadratic", "--rule", rule_file, "--functions", "8", "--steps", "5", "--out", out
+    )
+    assert code == 0
+    for expected in ("LSTM", "SGD", "NAG", "RMSprop", "Adam", "step 5", "8 fresh functions"):
+        assert expected in printed
+    values = json.loads((out / "evaluation.json").read_text())
+    assert values["final_loss"].keys() == {"lstm", "sgd", "nag", "rmsprop", "adam"}
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "baselines.json").exists()
+
+
+def test_evaluate_bad_rules(rule_file: Path, tmp_path: Path) -> None:
+    message = error_of("evaluate", "quadratic", "--rule", "cubic")
+    assert "unknown rule 'cubic'" in message
+    assert "there is no file" in error_of("evaluate", "quadratic", "--rule", tmp_path / "no.safetensors")
+    rule_file.write_bytes(rule_file.read_bytes()[:1000])
+    assert "not a complete safetensors file" in error_of("evaluate", "quadratic", "--rule", rule_file)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "quadratic"],
+        ["evaluate", "quadratic", "--rule", "RULE"],
+        ["figure", "4", "--rule", "RULE"],
+        ["demo"],
+    ],
+)
+def test_unwritable_folder(rule_file: Path, tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").touch()
+    command = [str(rule_file) if arg == "RULE" else arg for arg in command]
+    message = error_of(*command, "--out", tmp_path / "file" / "out")
+    assert "can't write to the output folder" in message
+
+
+def test_figure_4(rule_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l2l_fast.experiments.evaluate.tune", lambda _, name, **__: Tuned(name, -24, 100.0))
+    code, printed, _ = run("figure", "4", "--rule", rule_file, "--functions", "8", "--out", tmp_path / "out")
+    assert code == 0
+    for suffix in ("png", "csv", "json"):
+        assert (tmp_path / "out" / f"figure-4.{suffix}").stat().st_size > 100
+        assert f"figure-4.{suffix}" in printed
+
+
+def test_unknown_figure() -> None:
+    code, _, err = run("figure", "5")
+    assert code == 2
+    assert "'5'" in err
+
+
+def test_numerics() -> None:
+    code, printed, _ = run("numerics", "--coordinates", "64", "--steps", "2")
+    assert code == 0
+    for expected in ("log and sign, p = 10", "raw gradient", "d_weight_hh_2", "d_state", "last update"):
+        assert expected in printed
+
+
+def test_bench() -> None:
+    code, printed, _ = run("bench", "--coordinates", "64")
+    assert code == 0
+    assert "meta-step" in printed
+    assert "eager" in printed
+
+
+def test_without_a_fused_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get("cpu"), "unavailable", lambda *_: "it was not built")
+    assert "no fused backend works here" in error_of("numerics", "--coordinates", "8")
+    code, printed, _ = run("bench", "--coordinates", "64")
+    assert code == 0
+    assert "backend cpu was not timed: it was not built" in printed
+
+
+def _python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_as_a_module() -> None:
+    done = _python("-m", "l2l_fast")
+    assert done.returncode == 0, done.stderr
+    assert "backend reference" in done.stdout
+
+
+def test_as_a_module_with_an_error() -> None:
+    done = _python("-m", "l2l_fast", "train", "cubic")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown problem 'cubic'")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_entry_point() -> None:
+    (script,) = entry_points(group="console_scripts", name="l2l-fast")
+    assert script.value == "l2l_fast.cli:main"
+    assert callable(script.load())
+
+
+def test_without_the_extra() -> None:
+    code = "import sys; sys.modules['typer'] = None; from l2l_fast.cli import main; main(['info'])"
+    done = _python("-c", code)
+    assert done.returncode == 1
+    assert done.stderr == "error: the command line needs typer; pip install 'l2l_fast[cli]'\n"
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["-m", "l2l_fast", "train", "quadratic", "--updates", "300", "--threads", "1", "--out", str(out)]
+    training = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (out / "checkpoint.safetensors").exists():
+        assert training.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    training.send_signal(signal.SIGINT)
+    _, err = training.communicate(timeout=100)
+    assert training.returncode == 130
+    assert f"interrupted; {out} holds a checkpoint: the same command with --resume" in err
+    assert "Traceback" not in err
+    assert not (out / "summary.json").exists()
+
+    assert run(*command[2:], "--resume")[0] == 0
+    uninterrupted = tmp_path / "uninterrupted"
+    assert run(*command[2:-1], str(uninterrupted))[0] == 0
+    resumed, expected = (CoordinatewiseLSTM.load(folder / "best.safetensors") for folder in (out, uninterrupted))
+    assert torch.equal(resumed.flat_weights(), expected.flat_weights())
