@@ -68,26 +68,30 @@ L2L_INLINE void add_outer_products(float* d_weights, const float* d_gates, const
 L2L_INLINE void activate_and_save(const float* gates, const Rows& c_before, float* saved, float* h) {
 #pragma GCC unroll 1
   for (int u = 0; u < kGroup; u++)
-    L2L_FOR (v, kVecs) {
-      const GateTerms t = gate_terms<kBackwardClamp>(gates + u * 4 * kPass + v * kWidth);
-      const Vec one = pinned(1.0f);
+    L2L_FOR (lock, kVecs / kLockVecs) {
+      GateTerms terms[kLockVecs];
+      gate_terms<kBackwardClamp>(gates + u * 4 * kPass + lock * kLockVecs * kWidth, terms);
+      const Vec one = pinned(1.0f), two = pinned(2.0f);
       const Vec least = pinned(0x1p-126f);  // what the clamp leaves of a saturated sigmoid
-      const Vec i = one / t.i - least, f = one / t.f - least, o = one / t.o - least;
-      const Vec g = -t.m / (t.m + broadcast(2.0f));
-      float* out = saved + u * kSavedRows * kPass + v * kWidth;
-      store(out + kI * kPass, i);
-      store(out + kF * kPass, f);
-      store(out + kG * kPass, g);
-      store(out + kO * kPass, o);
-      store(out + kC * kPass, fma(f, c_before.get(u, v), i * g));
+      L2L_FOR (j, kLockVecs) {
+        const GateTerms& t = terms[j];
+        const int v = lock * kLockVecs + j;
+        const Vec i = one / t.i - least, f = one / t.f - least, o = one / t.o - least, g = -t.m / (t.m + two);
+        float* out = saved + u * kSavedRows * kPass + v * kWidth;
+        store(out + kI * kPass, i);
+        store(out + kF * kPass, f);
+        store(out + kG * kPass, g);
+        store(out + kO * kPass, o);
+        store(out + kC * kPass, fma(f, c_before.get(u, v), i * g));
+      }
     }
 #pragma GCC unroll 1
-  for (int e = 0; e < kGroup * kVecs; e += 4) {
-    Vec cell[4], m[4];
-    L2L_FOR (j, 4) cell[j] = load(saved + ((e + j) / kVecs * kSavedRows + kC) * kPass + (e + j) % kVecs * kWidth);
-    cell_terms<kForwardClamp>(cell, m);
+  for (int e = 0; e < kGroup * kVecs; e += kLock) {
+    Vec cell[kLock], m[kLock];
+    L2L_FOR (j, kLock) cell[j] = load(saved + ((e + j) / kVecs * kSavedRows + kC) * kPass + (e + j) % kVecs * kWidth);
+    cell_terms(cell, m);
     const Vec two = pinned(2.0f);
-    L2L_FOR (j, 4) {
+    L2L_FOR (j, kLock) {
       float* out = saved + (e + j) / kVecs * kSavedRows * kPass + (e + j) % kVecs * kWidth;
       const Vec tanh_c = -m[j] / (m[j] + two);
       store(out + kTanhC * kPass, tanh_c);

@@ -84,30 +84,43 @@ L2L_INLINE void unit_gates(const float* weights, const Rows& x, const Rows& h, f
     L2L_FOR (v, kVecs) store(gates + r * kPass + v * kWidth, sums[r][v]);
 }
 
-// The four gates' exponentials of one unit and vector. With e = 2^z and z = -x log2(e):
-// denominators D = 1 + e of the three sigmoids, and m = e - 1 for tanh = -m / (m + 2).
+// Vectors whose exponentials run in lock step: as many as the registers hold.
+#if defined(__AVX512VL__)
+constexpr int kLock = 8;
+#else
+constexpr int kLock = 4;
+#endif
+constexpr int kLockVecs = kLock / 4;  // of four gates each
+static_assert(kVecs % kLockVecs == 0 && kGroup * kVecs % kLock == 0);
+
+// What the activations need of a unit's four gates. With e = 2^z and z = -x log2(e): denominators
+// 1 + e of the three sigmoids, and m = e - 1 for tanh = -m / (m + 2).
 struct GateTerms {
   Vec i, f, m, o;
 };
+
+// Terms of kLockVecs vectors of one unit; gates[4][kPass].
 template <int CLAMP>
-L2L_INLINE GateTerms gate_terms(const float* gates) {
-  Vec z[4], scale[4], fraction[4];
-  L2L_FOR (r, 4) z[r] = load(gates + r * kPass);
-  exp2_split<CLAMP>(z, scale, fraction);
+L2L_INLINE void gate_terms(const float* gates, GateTerms (&terms)[kLockVecs]) {
+  Vec z[kLock], scale[kLock], poly[kLock];
+  L2L_FOR (m, kLock) z[m] = load(gates + m % 4 * kPass + m / 4 * kWidth);
+  exp2_split<CLAMP>(z, scale, poly);
   const Vec one = pinned(1.0f);
-  return {one + fma(scale[0], fraction[0], scale[0]), one + fma(scale[1], fraction[1], scale[1]),
-          fma(scale[2], fraction[2], scale[2] - one), one + fma(scale[3], fraction[3], scale[3])};
+  L2L_FOR (v, kLockVecs) {
+    const int i = 4 * v, f = i + 1, g = i + 2, o = i + 3;
+    terms[v] = {one_plus_exp2(z[i], scale[i], poly[i], one), one_plus_exp2(z[f], scale[f], poly[f], one),
+                exp2_minus_one(z[g], scale[g], poly[g], one), one_plus_exp2(z[o], scale[o], poly[o], one)};
+  }
 }
 
-// m = e^{-2c} - 1 of four cells in lock step; tanh(c) = -m / (m + 2).
-template <int CLAMP>
-L2L_INLINE void cell_terms(Vec (&c)[4], Vec (&m)[4]) {
+// m = e^{-2c} - 1 of kLock cells; tanh(c) = -m / (m + 2).
+L2L_INLINE void cell_terms(Vec (&c)[kLock], Vec (&m)[kLock]) {
   const Vec factor = pinned(-2 * kLog2E);
-  Vec scale[4], fraction[4];
-  L2L_FOR (j, 4) c[j] *= factor;
-  exp2_split<CLAMP>(c, scale, fraction);
+  Vec scale[kLock], poly[kLock];
+  L2L_FOR (j, kLock) c[j] *= factor;
+  exp2_split<kForwardClamp>(c, scale, poly);
   const Vec one = pinned(1.0f);
-  L2L_FOR (j, 4) m[j] = fma(scale[j], fraction[j], scale[j] - one);
+  L2L_FOR (j, kLock) m[j] = exp2_minus_one(c[j], scale[j], poly[j], one);
 }
 
 // New cells in place and new hidden values for kGroup units; one division for c, one for h.
@@ -115,19 +128,25 @@ L2L_INLINE void activate(const float* gates, const Rows& c, const Rows& h) {
   alignas(64) float o_denominator[kGroup * kPass];
 #pragma GCC unroll 1
   for (int u = 0; u < kGroup; u++)
-    L2L_FOR (v, kVecs) {
-      const GateTerms t = gate_terms<kForwardClamp>(gates + u * 4 * kPass + v * kWidth);
-      const Vec ig = t.i * (t.m + broadcast(2.0f));
-      c.set(u, v, (c.get(u, v) * ig - t.m * t.f) / (ig * t.f));
-      store(o_denominator + u * kPass + v * kWidth, t.o);
+    L2L_FOR (lock, kVecs / kLockVecs) {
+      GateTerms terms[kLockVecs];
+      gate_terms<kForwardClamp>(gates + u * 4 * kPass + lock * kLockVecs * kWidth, terms);
+      const Vec two = pinned(2.0f);
+      L2L_FOR (j, kLockVecs) {
+        const GateTerms& t = terms[j];
+        const int v = lock * kLockVecs + j;
+        const Vec ig = t.i * (t.m + two);
+        c.set(u, v, (c.get(u, v) * ig - t.m * t.f) / (ig * t.f));
+        store(o_denominator + u * kPass + v * kWidth, t.o);
+      }
     }
 #pragma GCC unroll 1
-  for (int e = 0; e < kGroup * kVecs; e += 4) {
-    Vec cell[4], m[4];
-    L2L_FOR (j, 4) cell[j] = c.get((e + j) / kVecs, (e + j) % kVecs);
-    cell_terms<kForwardClamp>(cell, m);
+  for (int e = 0; e < kGroup * kVecs; e += kLock) {
+    Vec cell[kLock], m[kLock];
+    L2L_FOR (j, kLock) cell[j] = c.get((e + j) / kVecs, (e + j) % kVecs);
+    cell_terms(cell, m);
     const Vec two = pinned(2.0f);
-    L2L_FOR (j, 4) {
+    L2L_FOR (j, kLock) {
       const Vec o = load(o_denominator + (e + j) * kWidth);
       h.set((e + j) / kVecs, (e + j) % kVecs, -m[j] / (o * (m[j] + two)));
     }

@@ -82,6 +82,10 @@ void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
       t.first = (tile + i - t.tensor->first_tile) * kTile;
       t.count = static_cast<int>(smaller(kTile, t.tensor->size - t.first));
       t.state = static_cast<char*>(t.tensor->state) + (tile + i - t.tensor->first_tile) * tile_bytes;
+      // The next pass; too far apart for the processor to foresee.
+      const int64_t ahead = (t.first + kPass) * (args.dtype == Dtype::f32 ? 4 : 2);
+      __builtin_prefetch(static_cast<const char*>(t.tensor->grad) + ahead);
+      __builtin_prefetch(static_cast<const char*>(t.tensor->param) + ahead);
       read_lanes(t.tensor->grad, args.dtype, t.first, t.count, grad + i * kTile);
       if (narrow) read_tile(t.state, args.state_dtype, staged + i * kTile, kPass);
     }

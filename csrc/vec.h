@@ -91,10 +91,10 @@ constexpr float kExpMagic = 12582912.0f + 127.0f;
 constexpr int kForwardClamp = 40;
 constexpr int kBackwardClamp = 126;
 
-// For M vectors in lock step: 2^z = scale * (1 + fraction). Constants are loaded once for all M, and
-// the M chains are independent work for the out-of-order window.
+// For M vectors in lock step: 2^z = scale * (1 + rest * poly), with z replaced by its rest. Constants are
+// loaded once for all M, and the M chains are independent work for the out-of-order window.
 template <int CLAMP, int M>
-L2L_INLINE void exp2_split(Vec (&z)[M], Vec (&scale)[M], Vec (&fraction)[M]) {
+L2L_INLINE void exp2_split(Vec (&z)[M], Vec (&scale)[M], Vec (&poly)[M]) {
   {
     const Vec low = pinned(-1.0f * CLAMP), high = pinned(1.0f * CLAMP);
     L2L_FOR (m, M) z[m] = maximum(low, z[m]);
@@ -108,14 +108,17 @@ L2L_INLINE void exp2_split(Vec (&z)[M], Vec (&scale)[M], Vec (&fraction)[M]) {
   }
   {
     const Vec a = pinned(kExp[kExpDegree - 1]), b = pinned(kExp[kExpDegree - 2]);
-    L2L_FOR (m, M) fraction[m] = fma(a, z[m], b);
+    L2L_FOR (m, M) poly[m] = fma(a, z[m], b);
   }
   L2L_UNROLL for (int i = kExpDegree - 3; i >= 0; i--) {
     const Vec c = pinned(kExp[i]);
-    L2L_FOR (m, M) fraction[m] = fma(fraction[m], z[m], c);
+    L2L_FOR (m, M) poly[m] = fma(poly[m], z[m], c);
   }
-  L2L_FOR (m, M) fraction[m] *= z[m];
 }
+
+// 1 + 2^z and 2^z - 1 from what exp2_split made; the latter keeps its relative accuracy near 0.
+L2L_INLINE Vec one_plus_exp2(Vec rest, Vec scale, Vec poly, Vec one) { return fma(scale, fma(rest, poly, one), one); }
+L2L_INLINE Vec exp2_minus_one(Vec rest, Vec scale, Vec poly, Vec one) { return fma(scale, rest * poly, scale - one); }
 
 // Natural logarithm of normal positive floats, within 1 ulp of max(1, |log x|): x = 2^e (1 + m) with
 // 1 + m in [sqrt(1/2), sqrt(2)), log(1 + m) = m - m^2 / 2 + m^3 P(m). Coefficients: Cephes logf.
