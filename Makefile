@@ -47,7 +47,7 @@ format: venv
 
 bench: venv
 	mkdir -p runs/bench
-	$(BIN)/pytest bench --benchmark-only --benchmark-json=runs/bench/results.json
+	$(BIN)/pytest bench --benchmark-only --benchmark-max-time=0.4 --benchmark-json=runs/bench/results.json
 	$(BIN)/python bench/report.py runs/bench/results.json
 
 # The whole package is built a second time, with instrumented C++, and put first on the path.

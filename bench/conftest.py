@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from measure import fma_peak
 
 import l2l_fast
 from l2l_fast.backends import cpu
@@ -41,7 +42,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["python"] = platform.python_version()
     machine_info["instruction_set"] = cpu.instruction_set()
     machine_info["threads"] = config.getoption("--bench-threads")
-    machine_info["fma_peak_gflops"] = max(cpu.fma_peak() for _ in range(5)) / 1e9
+    machine_info["fma_peak_gflops"] = fma_peak() / 1e9
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,7 @@ def _unroll_backward(
     state: Tensor | None,
     grads: Tensor,
     loss_weights: Tensor,
+    need_d_state: bool,
     hidden_size: int,
     log_p: float,
     output_scale: float,
@@ -140,7 +141,7 @@ def _unroll_backward(
 ) -> tuple[Tensor, Tensor]:
     spec = _spec(hidden_size, log_p, output_scale)
     chosen = resolve(backend, grads.device, weights.dtype, spec)
-    d_weights, d_state = chosen.unroll_backward(spec, weights, grads, loss_weights, state)
+    d_weights, d_state = chosen.unroll_backward(spec, weights, grads, loss_weights, state, need_d_state)
     return d_weights, weights.new_empty(0) if d_state is None else d_state
 
 
@@ -150,12 +151,15 @@ def _(
     state: Tensor | None,
     grads: Tensor,
     loss_weights: Tensor,
+    need_d_state: bool,
     hidden_size: int,
     log_p: float,
     output_scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    return weights.new_empty(weights.shape), weights.new_empty((0,) if state is None else state.shape)
+    return weights.new_empty(weights.shape), weights.new_empty(
+        state.shape if state is not None and need_d_state else (0,)
+    )
 
 
 def _unroll_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -168,7 +172,9 @@ def _unroll_vjp(ctx: Any, d_loss: Tensor) -> tuple[Any, ...]:
     _, need_weights, need_params, need_state, *_ = ctx.needs_input_grad
     d_weights = d_params = d_state = None
     if need_weights or need_state:
-        d_weights, d_state = torch.ops.l2l_fast.unroll_backward(weights, state, grads, loss_weights, *ctx.options)
+        d_weights, d_state = torch.ops.l2l_fast.unroll_backward(
+            weights, state, grads, loss_weights, need_state, *ctx.options
+        )
         d_weights = d_loss * d_weights
         d_state = d_loss * d_state if need_state else None
     if need_params:

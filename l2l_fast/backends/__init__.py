@@ -81,7 +81,13 @@ class Backend(Protocol):
         """Derivatives of :meth:`step`: ``(d_weights [P], d_grad [N], d_state [N, 2, 2, H])``."""
 
     def unroll_backward(
-        self, spec: RuleSpec, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor | None
+        self,
+        spec: RuleSpec,
+        weights: Tensor,
+        grads: Tensor,
+        loss_weights: Tensor,
+        state: Tensor | None,
+        need_d_state: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """First-order meta-gradient of an unroll: ``(d_weights [P], d_state)``.
 
@@ -89,6 +95,7 @@ class Backend(Protocol):
             grads: ``[T + 1, N]``, gradient of the loss at every point visited.
             loss_weights: ``[T + 1]`` on the CPU, weight of each loss in the meta-loss.
             state: ``[N, 2, 2, H]`` before the first step, or ``None`` for zeros; then ``d_state`` is ``None``.
+            need_d_state: ``False`` leaves ``d_state`` out, which saves its memory.
         """
 
 

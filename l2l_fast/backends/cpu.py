@@ -151,10 +151,16 @@ class CPUBackend:
         return d_weights, d_grad, d_state_before
 
     def unroll_backward(
-        self, spec: RuleSpec, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor | None
+        self,
+        spec: RuleSpec,
+        weights: Tensor,
+        grads: Tensor,
+        loss_weights: Tensor,
+        state: Tensor | None,
+        need_d_state: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         d_weights = torch.empty(weights.shape, dtype=torch.float32)
-        d_state = None if state is None else torch.empty(state.shape, dtype=torch.float32)
+        d_state = None if state is None or not need_d_state else torch.empty(state.shape, dtype=torch.float32)
         grads = grads.detach().contiguous()
         _C.backward(
             self.prepare(spec, weights),

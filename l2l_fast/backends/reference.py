@@ -69,13 +69,19 @@ class ReferenceBackend:
 
     @torch.no_grad()
     def unroll_backward(
-        self, spec: RuleSpec, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor | None
+        self,
+        spec: RuleSpec,
+        weights: Tensor,
+        grads: Tensor,
+        loss_weights: Tensor,
+        state: Tensor | None,
+        need_d_state: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         start = state
         if start is None:
             start = torch.zeros(grads.shape[1], 2, 2, spec.hidden_size, dtype=weights.dtype, device=weights.device)
         d_weights, d_state = reference.unroll_backward(spec, weights, grads, loss_weights.to(weights.device), start)
-        return d_weights, None if state is None else d_state
+        return d_weights, None if state is None or not need_d_state else d_state
 
 
 BACKEND = ReferenceBackend()

@@ -51,7 +51,7 @@ class TrainConfig:
     second_derivatives: bool = False
     loss_weights: tuple[float, ...] | None = None
     validate_every: int = 100
-    validation_functions: int = 512
+    validation_functions: int = 1024
     validation_seed: int = 2**31
     patience: int | None = None
     checkpoint_every: int | None = None
