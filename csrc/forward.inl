@@ -165,15 +165,16 @@ L2L_INLINE void layer(const float (*weights)[1 + K + kHidden][kGates], const Row
   }
 }
 
-// One step for one pass: state in place (rows h1, c1, h2, c2), update[kPass] out. `next` is prefetched
-// in PREFETCH cache lines per unit, 2 * kHidden units.
+// One step for one pass: state in place (rows h1, c1, h2, c2), update[kPass] out. While each layer is at
+// work, kHidden * PREFETCH cache lines from one of `next` are prefetched.
 template <int PREFETCH>
-L2L_INLINE void step_pass(const Weights& w, const float* grad, const Rows& state, float* update, const char* next) {
+L2L_INLINE void step_pass(const Weights& w, const float* grad, const Rows& state, float* update,
+                          const char* const (&next)[2]) {
   alignas(64) float x[kFeatures * kPass], h1[kHidden * kPass], h2[kHidden * kPass];
   preprocess(w, grad, x);
-  layer<kFeatures, PREFETCH>(w.forward1, local_rows(x), state, state.from(kHidden), local_rows(h1), next);
+  layer<kFeatures, PREFETCH>(w.forward1, local_rows(x), state, state.from(kHidden), local_rows(h1), next[0]);
   layer<kHidden, PREFETCH>(w.forward2, local_rows(h1), state.from(2 * kHidden), state.from(3 * kHidden), local_rows(h2),
-                           next + kHidden * PREFETCH * 64);
+                           next[1]);
   // Four short sums round less than one long one.
   Vec sums[kGroup][kVecs] = {};
   for (int u0 = 0; u0 < kHidden; u0 += kGroup)

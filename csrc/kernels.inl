@@ -53,13 +53,21 @@ L2L_INLINE void write_tile(const float* rows, int stride, Dtype dtype, void* til
 
 // In-place step ----------------------------------------------------------------------------------
 
-// Where one tile of a pass lies.
+// Where one tile lies.
 struct TileOf {
   const StepTensor* tensor;
   int64_t first;  // coordinate within the tensor
   int count;      // coordinates in use, at most kTile
   char* state;
 };
+
+// The tile with the number `tile`, which is in `tensor` or a later one.
+L2L_INLINE TileOf find_tile(const StepTensor*& tensor, int64_t tile, int64_t tile_bytes) {
+  while (tile >= tensor->first_tile + (tensor->size + kTile - 1) / kTile) tensor++;
+  const int64_t index = tile - tensor->first_tile;
+  return {tensor, index * kTile, static_cast<int>(smaller(kTile, tensor->size - index * kTile)),
+          static_cast<char*>(tensor->state) + index * tile_bytes};
+}
 
 L2L_INLINE bool not_finite(float x) { return (float_to_bits(x) & 0x7f800000) == 0x7f800000; }
 
@@ -70,22 +78,14 @@ void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
   alignas(64) float spare[kTileSize];  // stands in for the second tile of a last, half pass
   alignas(64) char before[kPassTiles][kTileSize * 4];
 
+  const StepTensor* current = args.tensors + tensor;
   for (int64_t tile = begin; tile < end; tile += kPassTiles) {
     TileOf tiles[kPassTiles];
     const int used = static_cast<int>(smaller(kPassTiles, end - tile));
     Rows rows = local_rows(staged);
     memset(grad, 0, sizeof(grad));
     for (int i = 0; i < used; i++) {
-      while (tile + i >= args.tensors[tensor].first_tile + (args.tensors[tensor].size + kTile - 1) / kTile) tensor++;
-      TileOf& t = tiles[i];
-      t.tensor = &args.tensors[tensor];
-      t.first = (tile + i - t.tensor->first_tile) * kTile;
-      t.count = static_cast<int>(smaller(kTile, t.tensor->size - t.first));
-      t.state = static_cast<char*>(t.tensor->state) + (tile + i - t.tensor->first_tile) * tile_bytes;
-      // The next pass; too far apart for the processor to foresee.
-      const int64_t ahead = (t.first + kPass) * (args.dtype == Dtype::f32 ? 4 : 2);
-      __builtin_prefetch(static_cast<const char*>(t.tensor->grad) + ahead);
-      __builtin_prefetch(static_cast<const char*>(t.tensor->param) + ahead);
+      const TileOf& t = tiles[i] = find_tile(current, tile + i, tile_bytes);
       read_lanes(t.tensor->grad, args.dtype, t.first, t.count, grad + i * kTile);
       if (narrow) read_tile(t.state, args.state_dtype, staged + i * kTile, kPass);
     }
@@ -108,7 +108,18 @@ void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
     const Vec sign = broadcast(args.grad_sign);
     alignas(64) float signed_grad[kPass];
     L2L_FOR (v, kVecs) store(signed_grad + v * kWidth, load(grad + v * kWidth) * sign);
-    step_pass<kPass / 8>(*args.weights, signed_grad, rows, update, tiles[used - 1].state + tile_bytes);
+    // The next pass lies too far away for the processor to foresee, in another tensor perhaps.
+    const char* next[2];
+    const StepTensor* upcoming = current;
+    for (int half = 0; half < 2; half++) {
+      const int64_t number = smaller(tile + kPassTiles + half * (kPassTiles - 1), end - 1);
+      const TileOf t = find_tile(upcoming, number, tile_bytes);
+      next[half] = t.state + (kPassTiles == 1 ? half * tile_bytes / 2 : 0);
+      const int64_t at = t.first * (args.dtype == Dtype::f32 ? 4 : 2);
+      __builtin_prefetch(static_cast<const char*>(t.tensor->grad) + at);
+      __builtin_prefetch(static_cast<const char*>(t.tensor->param) + at);
+    }
+    step_pass<kPass / 8>(*args.weights, signed_grad, rows, update, next);
 
     for (int i = 0; i < used; i++) {
       const TileOf& t = tiles[i];
@@ -141,7 +152,7 @@ void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
     const int count = static_cast<int>(smaller(kPass, smaller(args.n, end * kTile) - first));
     load_lanes(args.grad + first, count, grad);
     load_states(args.state + first * kRows, count, rows);
-    step_pass<0>(*args.weights, grad, local_rows(rows), update, nullptr);
+    step_pass<0>(*args.weights, grad, local_rows(rows), update, {nullptr, nullptr});
     store_states(rows, count, args.new_state + first * kRows);
     memcpy(args.update + first, update, sizeof(float) * count);
   }
