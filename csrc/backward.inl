@@ -235,17 +235,20 @@ struct Backward {
     }
   }
 
-  void step_back(int64_t t, const float* d_update) {
+  void step_back(int64_t t, const double* d_update) {
     alignas(64) float d_inputs[2 * kHidden * kPass];
     alignas(64) float inputs[kColumns2 * kPass], inputs_t[kPass * kColumns2];
 
     // Output layer.
     double* output_sums = sums + kAccumulators;
-    Vec d_output[kVecs];
-    L2L_FOR (v, kVecs) {
-      d_output[v] = load(d_update + v * kWidth) * broadcast(w.output_scale);
-      add_exactly(output_sums + kHidden * kWidth, d_output[v]);
+    alignas(64) float rounded[kPass];
+    for (int i = 0; i < kPass; i++) {
+      const double d = static_cast<double>(w.output_scale) * d_update[i];
+      output_sums[kHidden * kWidth + i % kWidth] += d;
+      rounded[i] = static_cast<float>(d);
     }
+    Vec d_output[kVecs];
+    L2L_FOR (v, kVecs) d_output[v] = load(rounded + v * kWidth);
     for (int u = 0; u < kHidden; u++) {
       Vec sum = {};
       L2L_FOR (v, kVecs) {
@@ -333,11 +336,12 @@ struct Backward {
     memcpy(d_h2, d_state + 2 * kHidden * kPass, sizeof(d_h2));
     memcpy(d_c2, d_state + 3 * kHidden * kPass, sizeof(d_c2));
 
-    alignas(64) float term[kPass], d_update[kPass] = {};
+    // The suffix sum stays in float64: rounded at every step it would bias the gradient of the output layer.
+    alignas(64) double d_update[kPass] = {};
+    alignas(64) float term[kPass];
     for (int64_t t = args.steps - 1; t >= 0; t--) {
       load_lanes(args.terms + t * args.n + first, count, term);
-      const Vec weight = broadcast(args.loss_weights[t]);
-      for (int i = 0; i < kPass; i += kWidth) store(d_update + i, fma(weight, load(term + i), load(d_update + i)));
+      for (int i = 0; i < kPass; i++) d_update[i] += static_cast<double>(args.loss_weights[t]) * term[i];
       step_back(t, d_update);
       if (args.d_grads) {
         const int64_t at = t * args.n + first;
