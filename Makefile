@@ -50,13 +50,16 @@ bench: venv
 	$(BIN)/pytest bench --benchmark-only --benchmark-max-time=0.4 --benchmark-json=runs/bench/results.json
 	$(BIN)/python bench/report.py runs/bench/results.json
 
-# The whole package is built a second time, with instrumented C++, and put first on the path.
+# The whole package is built a second time, with instrumented C++, and put first on the path (which
+# `python -m pytest` would not do: it puts the checkout there).
+sanitize: export PYTHONPATH = $(abspath $(SANITIZED)/lib)
+sanitize: export ASAN_OPTIONS = detect_leaks=0
 sanitize: venv
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" LDFLAGS="-fsanitize=address,undefined" \
 	  $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_backend_contract.py
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
+	  cd tests && $(abspath $(BIN))/python -c "from l2l_fast import _C; assert '$(SANITIZED)' in _C.__file__, _C.__file__" && \
+	  $(abspath $(BIN))/pytest -p no:cacheprovider test_backend_contract.py
 
 clean:
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info l2l_fast/*.so
