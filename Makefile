@@ -1,4 +1,4 @@
-# Every target makes what it needs: a clean clone and Python 3.10 or newer are enough.
+# Every target makes what it needs: a clean clone, Python 3.11 or newer and a C++ compiler are enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,8 +55,9 @@ bench: venv
 sanitize: export PYTHONPATH = $(abspath $(SANITIZED)/lib)
 sanitize: export ASAN_OPTIONS = detect_leaks=0
 sanitize: venv
-	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" LDFLAGS="-fsanitize=address,undefined" \
+	flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g"; CFLAGS="$$flags" CXXFLAGS="$$flags" LDFLAGS="$$flags" \
 	  $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	nm -D $(SANITIZED)/lib/l2l_fast/_C*.so | grep -q __asan_  # instrumented indeed
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
 	  cd tests && $(abspath $(BIN))/python -c "from l2l_fast import _C; assert '$(SANITIZED)' in _C.__file__, _C.__file__" && \
 	  $(abspath $(BIN))/pytest -p no:cacheprovider test_backend_contract.py

@@ -17,12 +17,15 @@ constexpr int64_t kStepFloats = static_cast<int64_t>(kStepRows) * kPass;
 struct Accumulators {
   float layer1[kRows][kColumns1];
   float layer2[kRows][kColumns2];
-  float bias2[kRows][kWidth];
 };
 constexpr int kAccumulators = sizeof(Accumulators) / sizeof(float);
-// The float64 sums: those of the accumulators, then the output layer's weights and bias, [lane] each.
-// The latter are few and cancel most, so they never pass through float32.
-constexpr int kSums = kAccumulators + (kHidden + 1) * kWidth;
+// The float64 sums: those of the accumulators, then both layers' biases, the output layer's weights and its
+// bias, [lane] each. The latter are few and cancel most, so they never pass through long float32 sums.
+constexpr int kBias1 = kAccumulators;
+constexpr int kBias2 = kBias1 + kRows * kWidth;
+constexpr int kOutput = kBias2 + kRows * kWidth;
+constexpr int kOutputBias = kOutput + kHidden * kWidth;
+constexpr int kSums = kOutputBias + kWidth;
 // Steps of a pass between two flushes: 512 terms per float32 sum. Ten times as many were up to three times
 // as wrong as eager's blocked sums.
 constexpr int kFlushInterval = 512 / kPass;
@@ -111,9 +114,15 @@ L2L_INLINE void layer_and_save(const float (*weights)[1 + K + kHidden][kGates], 
   }
 }
 
-// d_gates[unit * 4 + gate][kPass] from d_h; d_c becomes the derivative by the cell before.
+L2L_INLINE void add_exactly(double* sums, Vec terms) {
+  typedef double DoubleVec __attribute__((vector_size(8 * L2L_WIDTH), aligned(8), may_alias));
+  *reinterpret_cast<DoubleVec*>(sums) += __builtin_convertvector(terms, DoubleVec);
+}
+
+// d_gates[unit * 4 + gate][kPass] from d_h, and their sums to bias[kRows][kWidth]; d_c becomes the derivative
+// by the cell before.
 L2L_INLINE void gates_backward(const float* saved, const Rows& c_before, const float* d_h, float* d_c, float* d_gates,
-                               float (*bias)[kWidth]) {
+                               double* bias) {
   const Vec one = broadcast(1.0f);
   for (int u = 0; u < kHidden; u++) {
     Vec sums[4] = {};
@@ -131,11 +140,7 @@ L2L_INLINE void gates_backward(const float* saved, const Rows& c_before, const f
         sums[r] += d[r];
       }
     }
-    if (bias)
-      L2L_FOR (r, 4) {
-        float* out = bias[u * 4 + r];
-        store(out, load(out) + sums[r]);
-      }
+    L2L_FOR (r, 4) add_exactly(bias + (u * 4 + r) * kWidth, sums[r]);
   }
 }
 
@@ -165,11 +170,6 @@ L2L_INLINE void flush(Accumulators& accumulators, double* sums) {
     sums[i] += static_cast<double>(values[i]);
     values[i] = 0.0f;
   }
-}
-
-L2L_INLINE void add_exactly(double* sums, Vec terms) {
-  typedef double DoubleVec __attribute__((vector_size(8 * L2L_WIDTH), aligned(8), may_alias));
-  *reinterpret_cast<DoubleVec*>(sums) += __builtin_convertvector(terms, DoubleVec);
 }
 
 // values[kPass] from the coordinates first .. first + count of a row, zero beyond.
@@ -240,11 +240,10 @@ struct Backward {
     alignas(64) float inputs[kColumns2 * kPass], inputs_t[kPass * kColumns2];
 
     // Output layer.
-    double* output_sums = sums + kAccumulators;
     alignas(64) float rounded[kPass];
     for (int i = 0; i < kPass; i++) {
       const double d = static_cast<double>(w.output_scale) * d_update[i];
-      output_sums[kHidden * kWidth + i % kWidth] += d;
+      sums[kOutputBias + i % kWidth] += d;
       rounded[i] = static_cast<float>(d);
     }
     Vec d_output[kVecs];
@@ -257,11 +256,11 @@ struct Backward {
         sum = fma(d_output[v], load(s + kO * kPass) * load(s + kTanhC * kPass), sum);
         store(dh, fma(d_output[v], broadcast(w.output[u]), load(dh)));
       }
-      add_exactly(output_sums + u * kWidth, sum);
+      add_exactly(sums + kOutput + u * kWidth, sum);
     }
 
     // Layer 2: its inputs are h1 of this step and h2 of the step before.
-    gates_backward(layer2(t), cells(t, 1), d_h2, d_c2, d_gates, accumulators.bias2);
+    gates_backward(layer2(t), cells(t, 1), d_h2, d_c2, d_gates, sums + kBias2);
     hidden_rows(layer1(t), inputs);
     if (t > 0)
       hidden_rows(layer2(t - 1), inputs + kHidden * kPass);
@@ -274,16 +273,13 @@ struct Backward {
     memcpy(d_h2, d_inputs + kHidden * kPass, sizeof(d_h2));
 
     // Layer 1: its inputs are the features and h1 of the step before.
-    gates_backward(layer1(t), cells(t, 0), d_h1, d_c1, d_gates, nullptr);
+    gates_backward(layer1(t), cells(t, 0), d_h1, d_c1, d_gates, sums + kBias1);
     memcpy(inputs, features(t), sizeof(float) * kFeatures * kPass);
     if (t > 0)
       hidden_rows(layer1(t - 1), inputs + kFeatures * kPass);
     else
       memcpy(inputs + kFeatures * kPass, state, sizeof(float) * kHidden * kPass);
-    for (int i = 0; i < kPass; i++) {
-      inputs[(kFeatures + kHidden) * kPass + i] = 1.0f;
-      inputs[(kFeatures + kHidden + 1) * kPass + i] = 0.0f;
-    }
+    memset(inputs + (kFeatures + kHidden) * kPass, 0, sizeof(float) * (kColumns1 - kFeatures - kHidden) * kPass);
     transpose(inputs, kPass, inputs_t, kColumns1, kColumns1, kPass);
     add_outer_products<kOuterRows1, kOuterVecs1, kColumns1>(&accumulators.layer1[0][0], d_gates, inputs_t);
     inputs_backward<kHidden / 4>(w.backward1, d_gates, d_h1);

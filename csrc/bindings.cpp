@@ -48,6 +48,10 @@ void step_in_place(const PackedWeights& weights, const std::vector<uintptr_t>& p
   int64_t tile = 0;
   for (size_t i = 0; i < params.size(); i++) {
     if (sizes[i] == 0) continue;
+    if (!params[i] || !grads[i] || !states[i])
+      throw std::invalid_argument(
+          "a parameter, gradient or state has no memory of its own: it is a wrapper such as a DTensor, or its storage "
+          "was freed");
     tensors.push_back({reinterpret_cast<void*>(params[i]), reinterpret_cast<const void*>(grads[i]),
                        reinterpret_cast<void*>(states[i]), sizes[i], tile});
     tile += (sizes[i] + l2l::kTile - 1) / l2l::kTile;
@@ -116,9 +120,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &l2l::instruction_sets);
   m.def("instruction_set", [] { return std::string(l2l::kernels().name); });
   m.def("use_instruction_set", &l2l::use_instruction_set, py::arg("name"));
-  m.def(
-      "fma_peak", [](int64_t iterations) { return l2l::kernels().fma_peak(iterations); }, py::arg("iterations"),
-      py::call_guard<py::gil_scoped_release>());
+  m.def("fma_peak", &l2l::fma_peak, py::arg("iterations"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<PackedWeights>(m, "Weights")
       .def(py::init<const Array&, double, double>(), py::arg("flat").noconvert(), py::arg("log_p"),

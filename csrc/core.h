@@ -17,7 +17,7 @@ constexpr int kTile = 16;           // coordinates per tile of a packed state [t
 constexpr int kTileSize = kRows * kTile;
 
 // Columns of the input matrices whose product with the gate gradients is a weight gradient.
-constexpr int kColumns1 = 24;  // layer 1: features, h1 before, a column of ones for the bias, padding
+constexpr int kColumns1 = 24;  // layer 1: features, h1 before, padding
 constexpr int kColumns2 = 40;  // layer 2: h1, h2 before
 
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
@@ -96,7 +96,7 @@ struct Kernels {
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end, float* scratch, double* sums);
   // Adds `sums` to a flat weight gradient (two feature columns) in the public order.
   void (*collect)(const double* sums, double* d_weights);
-  double (*fma_peak)(int64_t iterations);  // flops per second
+  double (*fma_chains)(int64_t iterations);  // nothing but multiply-adds; returns how many operations
 };
 
 // Flat gradient with two feature columns, in the order of RuleSpec.weight_shapes.

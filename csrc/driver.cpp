@@ -1,6 +1,8 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -49,8 +51,8 @@ std::vector<const Kernels*> usable() {
   return result;
 }
 
-const Kernels*& selected() {
-  static const Kernels* current = usable().back();
+std::atomic<const Kernels*>& selected() {
+  static std::atomic<const Kernels*> current{usable().back()};
   return current;
 }
 
@@ -88,6 +90,13 @@ void use_instruction_set(const std::string& name) {
   std::string known;
   for (const std::string& n : instruction_sets()) known += (known.empty() ? "" : ", ") + n;
   throw std::invalid_argument("instruction set '" + name + "' can't be used here; usable: " + known);
+}
+
+double fma_peak(int64_t iterations) {
+  const auto start = std::chrono::steady_clock::now();
+  const double operations = kernels().fma_chains(iterations);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return operations / seconds.count();
 }
 
 void step(const StepArgs& args, int64_t count, int threads) {

@@ -15,6 +15,9 @@ const Kernels& kernels();
 // Throws std::invalid_argument if `name` is not one of instruction_sets().
 void use_instruction_set(const std::string& name);
 
+// Operations per second of one thread in multiply-adds alone.
+double fma_peak(int64_t iterations);
+
 void step(const StepArgs& args, int64_t count, int threads);
 void forward(const ForwardArgs& args, int threads);
 // Writes the flat weight gradient, with `features` columns in its first block. The result does not

@@ -1,8 +1,6 @@
 // The kernels of one instruction set, in terms of tile ranges. Included by kernels_<set>.cpp.
 #pragma once
 
-#include <chrono>
-
 #include "backward.inl"
 
 namespace l2l {
@@ -175,9 +173,8 @@ void backward(const BackwardArgs& args, int64_t begin, int64_t end, float* scrat
 void collect(const double* sums, double* d_weights) {
   const double* layer1 = sums;
   const double* layer2 = layer1 + kRows * kColumns1;
-  const double* bias2 = layer2 + kRows * kColumns2;
-  const double* output = bias2 + kRows * kWidth;
-  const double* output_bias = output + kHidden * kWidth;
+  const double *bias1 = sums + kBias1, *bias2 = sums + kBias2, *output = sums + kOutput;
+  const double* output_bias = sums + kOutputBias;
 
   double* ih1 = d_weights;
   double* hh1 = ih1 + kRows * kFeatures;
@@ -193,7 +190,7 @@ void collect(const double* sums, double* d_weights) {
       const double* row2 = layer2 + from * kColumns2;
       for (int k = 0; k < kFeatures; k++) ih1[to * kFeatures + k] += row1[k];
       for (int k = 0; k < kHidden; k++) hh1[to * kHidden + k] += row1[kFeatures + k];
-      b1[to] += row1[kFeatures + kHidden];
+      for (int lane = 0; lane < kWidth; lane++) b1[to] += bias1[from * kWidth + lane];
       for (int k = 0; k < kHidden; k++) ih2[to * kHidden + k] += row2[k];
       for (int k = 0; k < kHidden; k++) hh2[to * kHidden + k] += row2[kHidden + k];
       for (int lane = 0; lane < kWidth; lane++) b2[to] += bias2[from * kWidth + lane];
@@ -205,27 +202,25 @@ void collect(const double* sums, double* d_weights) {
 
 // Peak -------------------------------------------------------------------------------------------
 
-// Twelve independent chains of fused multiply-adds: more than any core's latency times throughput.
-double fma_peak(int64_t iterations) {
-  constexpr int kChains = 12;
+// Independent chains of fused multiply-adds, more than latency times throughput of any core; returns the operations.
+double fma_chains(int64_t iterations) {
+  constexpr int kChains = kWidth == 4 ? 12 : kWidth == 8 ? 12 : 24;
   const Vec factor = pinned(0.999999f), term = pinned(1e-6f);
   Vec chains[kChains];
   for (Vec& chain : chains) chain = factor;
-  const auto start = std::chrono::steady_clock::now();
   for (int64_t k = 0; k < iterations; k++) {
     L2L_FOR (j, kChains) chains[j] = fma(chains[j], factor, term);
   }
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   Vec sum = {};
   for (const Vec& chain : chains) sum += chain;
   alignas(64) float sink[kWidth];
   store(sink, sum);
   asm volatile("" : : "r"(sink) : "memory");
-  return 2.0 * kChains * kWidth * static_cast<double>(iterations) / seconds.count();
+  return 2.0 * kChains * kWidth * static_cast<double>(iterations);
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, kPass, kSums, step, forward, scratch_floats, backward, collect, fma_peak};
+  return {name, kPass, kSums, step, forward, scratch_floats, backward, collect, fma_chains};
 }
 
 }  // namespace

@@ -61,7 +61,7 @@ class _Batch:
         if not param.is_contiguous():
             self.copies.append((param, copy))
         self.params.append(copy)
-        self.grads.append(grad.to(param.dtype).contiguous())
+        self.grads.append(grad.resolve_neg().to(param.dtype).contiguous())
 
     def step_(self, spec: RuleSpec, options: dict[str, Any]) -> None:
         backend, prepared, _ = self.runner
@@ -75,7 +75,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Every coordinate of every parameter has a state of its own, ``4 * H`` numbers, made at the first step
     at which the parameter has a gradient. The rule's weights are read, never changed; a change of them
-    counts from the next step on. Parameter groups may set their own ``lr``, ``weight_decay``, ``maximize``
+    counts from the next step on (one through ``.data``, which PyTorch does not record, may not). Parameter groups may set their own ``lr``, ``weight_decay``, ``maximize``
     and ``skip_nonfinite``.
 
     :meth:`state_dict` holds the state of a parameter under ``"lstm"``, shape ``[*param.shape, 2, 2, H]``
@@ -164,6 +164,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 )
             if param.layout != torch.strided:
                 raise TypeError(f"parameters must be dense, got layout {param.layout}; call .to_dense() first")
+            if torch._debug_has_internal_overlap(param) == 1:
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} shares memory between its "
+                    "elements; make it contiguous first"
+                )
             self._runner(param.device, param.dtype)
 
     @overload
@@ -231,7 +236,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if entry is None or entry.get("layout") is not layout or entry["numel"] != param.numel():
                 entry = entries[param] = self._entry(param, grad, entry, batch.runner)
             batch.states.append(entry["lstm"])
-            if param.is_contiguous() and grad.is_contiguous() and grad.dtype is dtype:
+            if param.is_contiguous() and grad.is_contiguous() and grad.dtype is dtype and not grad.is_neg():
                 batch.params.append(param)
                 batch.grads.append(grad)
             else:

@@ -119,7 +119,8 @@ class CoordinatewiseLSTM(nn.Module):
             card = json.loads(metadata.get("card", "{}"))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} has no readable rule specification: {error}") from error
-        rule = cls(spec.hidden_size, spec.preprocess, spec.output_scale)
+        with torch.device("meta"):  # shapes alone, until the file is known to fit
+            rule = cls(spec.hidden_size, spec.preprocess, spec.output_scale)
         rule.load_tensors(tensors, source=os.fspath(path))
         rule.card = card
         return rule
@@ -128,7 +129,8 @@ class CoordinatewiseLSTM(nn.Module):
         """Take the weights ``tensors``, in their dtype; nothing changes unless all of them fit.
 
         Raises:
-            ValueError: if names or shapes differ from this rule's, naming ``source``.
+            ValueError: if names or shapes differ from this rule's, the dtypes are not one floating dtype, or a
+                weight is not finite; the message names ``source``.
         """
         expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -139,6 +141,13 @@ class CoordinatewiseLSTM(nn.Module):
                 for name in wrong
             )
             raise ValueError(f"{source} does not hold a rule of {self.spec}: {detail}")
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
+            raise ValueError(
+                f"{source} holds weights of {', '.join(sorted(map(str, dtypes)))}; expected one floating dtype"
+            )
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{source} holds weights that are not finite: its training has diverged")
         self.load_state_dict(dict(tensors), assign=True)
         self.requires_grad_(True)
 

@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 @dataclass(frozen=True)
 class LogAndSign:
     """Gradient preprocessing that keeps magnitude and sign apart.
@@ -22,7 +27,8 @@ class LogAndSign:
         p: how many e-folds of gradient magnitude the first feature maps onto ``[-1, 0]``.
 
     Raises:
-        ValueError: if ``p`` is not a finite number in ``(0, 80]``; ``exp(80)`` is near float32's limit.
+        TypeError: if ``p`` is not a number.
+        ValueError: if it is not in ``[0.001, 80]``; ``exp(80)`` is near float32's limit.
 
     Source: Andrychowicz et al. 2016, appendix A.
     """
@@ -31,8 +37,9 @@ class LogAndSign:
     features: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.p) and 0 < self.p <= 80):
-            raise ValueError(f"LogAndSign.p must be a finite number in (0, 80], got {self.p!r}; the paper uses 10")
+        _check_number("LogAndSign.p", self.p)
+        if not (math.isfinite(self.p) and 1e-3 <= self.p <= 80):
+            raise ValueError(f"LogAndSign.p must be a finite number in [0.001, 80], got {self.p!r}; the paper uses 10")
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class RuleSpec:
             raise TypeError(f"hidden_size must be an int, got {type(self.hidden_size).__name__}")
         if self.hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {self.hidden_size}")
+        _check_number("output_scale", self.output_scale)
         if not math.isfinite(self.output_scale):
             raise ValueError(f"output_scale must be finite, got {self.output_scale!r}")
 

@@ -218,7 +218,10 @@ def _operator_calls(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (torch.tensor(1.0), *wanting[3:5], None, grads, loss_weights, *options),
         ),
         "unroll_backward": (ops.unroll_backward.default, (weights, state, grads, loss_weights, True, *options)),
-        "unroll_backward from zeros": (ops.unroll_backward.default, (weights, None, grads, loss_weights, True, *options)),
+        "unroll_backward from zeros": (
+            ops.unroll_backward.default,
+            (weights, None, grads, loss_weights, True, *options),
+        ),
     }
 
 

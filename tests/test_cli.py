@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from l2l_fast import CoordinatewiseLSTM, LogAndSign, __version__
 from l2l_fast.backends import get
 from l2l_fast.baselines import Tuned
+from l2l_fast.cli import main
 from l2l_fast.cli.app import app
 from l2l_fast.problems import PROBLEMS
 
@@ -134,6 +135,59 @@ def test_train_searches_a_learning_rate(tmp_path: Path) -> None:
 def test_train_refuses_settings_before_it_makes_a_folder(tmp_path: Path, options: list[str], message: str) -> None:
     assert message in error_of("train", "quadratic", *options, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unusable_backend_leaves_the_folder_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("L2L_FAST_BACKEND", "cpu")
+        patch.setattr(get("cpu"), "unavailable", lambda *_: "it was not built")
+        assert "it was not built" in error_of("train", "quadratic", *SMALL, "--out", tmp_path)
+    assert run("train", "quadratic", *SMALL, "--out", tmp_path)[0] == 0
+
+
+def test_train_says_when_the_rule_is_untrained(tmp_path: Path) -> None:
+    command = ["train", "quadratic", "--updates", "500", "--horizon", "4", "--truncation", "2", "--out", str(tmp_path)]
+    code, printed, err = run(*command, "--max-seconds", "1e-6")
+    assert code == 0
+    assert "after 0 updates" in printed
+    assert "best.safetensors holds the untrained rule: training stopped before its first validation" in err
+    hopeless = ["train", "quadratic", *SMALL, "--lr", "1e30", "--out", str(tmp_path / "hopeless")]
+    assert "holds the untrained rule: no validation was better" in run(*hopeless)[2]
+
+
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        ([], "interrupted; nothing was kept"),
+        (["search.db"], "holds the trials of the search: the same command with --resume carries on with them"),
+        (["search.db", "checkpoint.safetensors"], "holds a checkpoint: the same command with --resume"),
+    ],
+)
+def test_ctrl_c_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: list[str], message: str
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        for name in left:
+            (tmp_path / name).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("l2l_fast.experiments.training.search", interrupted)
+    code, _, err = run("train", "quadratic", *SMALL, "--search", "2", "--out", tmp_path)
+    assert code == 130
+    assert message in err
+
+
+def test_ctrl_c_anywhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("l2l_fast.cli.app.machine", interrupted)
+        assert run("info") == (130, "", "\ninterrupted\n")
+    monkeypatch.setattr("l2l_fast.cli.app.app", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["info"])
+    assert end.value.code == 130
 
 
 def test_resume_without_a_checkpoint(tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_verdict_on_raw_gradients_and_an_untrained_rule() -> None:
     assert "try preprocess=LogAndSign()" in verdict
 
 
+def test_large_features_are_no_finding_where_gates_are_not_saturated() -> None:
+    saturated = diagnose(make_rule(), Quadratic(), steps=40, functions=16)
+    few = {name: 0.05 if name.startswith("1.") else 0.3 for name in saturated.saturation}
+    assert saturated.features[0].edges.abs().max() > 100
+    assert "Feature 0 reaches" not in replace(saturated, saturation=few).verdict()
+    assert "Feature 0 reaches" in replace(saturated, saturation={**few, "1.g": 0.2}).verdict()
+
+
 def test_verdict_on_large_and_small_steps() -> None:
     small = diagnose(make_rule(LogAndSign(), 1e-6), Quadratic(), steps=5, functions=4)
     assert "times as long as the parameters: try a larger output_scale" in small.verdict()

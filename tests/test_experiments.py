@@ -15,7 +15,7 @@ from l2l_fast import CoordinatewiseLSTM, Identity, LogAndSign, RuleSpec
 from l2l_fast.backends import get
 from l2l_fast.baselines import BASELINES, Tuned
 from l2l_fast.experiments import demo, figures, numerics, speed, tables
-from l2l_fast.experiments.evaluate import Evaluation, Run, compare, evaluate, tune_baselines
+from l2l_fast.experiments.evaluate import Evaluation, Run, compare, evaluate, evaluate_rules, tune_baselines
 from l2l_fast.experiments.machine import machine, threads
 from l2l_fast.experiments.output import prepare_folder, write_bytes, write_json
 from l2l_fast.experiments.progress import console
@@ -71,6 +71,22 @@ def test_evaluation_is_reproducible_and_depends_on_its_seed(rule: Coordinatewise
 def test_evaluation_refuses_too_little(rule: CoordinatewiseLSTM, steps: int, functions: int) -> None:
     with pytest.raises(ValueError, match="at least 1 step and 2 functions"):
         evaluate(Quadratic(), {"lstm": rule}, {}, name="quadratic", functions=functions, steps=steps)
+
+
+def test_an_unusable_backend_is_found_out_before_the_tuning(
+    rule: CoordinatewiseLSTM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tuned(*args: object, **kwargs: object) -> None:
+        raise AssertionError("baselines were tuned")
+
+    monkeypatch.setattr("l2l_fast.experiments.evaluate.tune", tuned)
+    monkeypatch.setenv("L2L_FAST_BACKEND", "zz")
+    with pytest.raises(ValueError, match="unknown backend 'zz'"):
+        evaluate_rules(Quadratic(), {"lstm": rule}, name="quadratic")
+    monkeypatch.setenv("L2L_FAST_BACKEND", "cpu")
+    monkeypatch.setattr(get("cpu"), "unavailable", lambda *_: "it was not built")
+    with pytest.raises(RuntimeError, match="L2L_FAST_BACKEND='cpu' can't be used: it was not built"):
+        evaluate_rules(Quadratic(), {"lstm": rule}, name="quadratic")
 
 
 def test_statistics_of_a_run() -> None:

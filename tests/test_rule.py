@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from l2l_fast import CoordinatewiseLSTM, Identity, LogAndSign, available_rules, load_rule, reference
+from l2l_fast import CoordinatewiseLSTM, Identity, LogAndSign, RuleSpec, available_rules, load_rule, reference
 from l2l_fast import rule as rule_module
+from l2l_fast.files import load_tensors, save_atomically
 from l2l_fast.rule import FORMAT, as_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -328,3 +331,34 @@ def test_backend_that_cannot_run_it() -> None:
     rule = CoordinatewiseLSTM(hidden_size=7)
     with pytest.raises(RuntimeError, match=r"backend='cpu' can't be used: .*20 hidden units, not 7"):
         rule(GRAD, rule.init_state(3), backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.int(), "torch.int32"),
+        (lambda weight: weight.half(), "torch.float16, torch.float32"),
+        (lambda weight: weight.fill_(float("nan")), "not finite"),
+    ],
+    ids=["integers", "mixed", "nan"],
+)
+def test_weights_that_mean_nothing_are_refused(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    rule = CoordinatewiseLSTM()
+    tensors = {name: tensor.detach().clone() for name, tensor in rule.state_dict().items()}
+    tensors["output.weight"] = change(tensors["output.weight"])
+    before = rule.flat_weights()
+    with pytest.raises(ValueError, match=message):
+        rule.load_tensors(tensors, source=str(tmp_path))
+    torch.testing.assert_close(rule.flat_weights(), before, rtol=0, atol=0)
+
+
+def test_a_specification_is_compared_before_anything_is_allocated(tmp_path: Path) -> None:
+    path = tmp_path / "rule.safetensors"
+    CoordinatewiseLSTM().save(path)
+    tensors, metadata = load_tensors(path, FORMAT)
+    metadata["spec"] = json.dumps({**RuleSpec().to_dict(), "hidden_size": 10**6})
+    save_atomically(tensors, metadata, path)
+    with pytest.raises(ValueError, match="does not hold a rule of"):
+        CoordinatewiseLSTM.load(path)

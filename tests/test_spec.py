@@ -10,9 +10,9 @@ import pytest
 from l2l_fast import Identity, LogAndSign, RuleSpec
 
 
-@pytest.mark.parametrize("p", [0.0, -1.0, float("nan"), float("inf"), 81.0])
+@pytest.mark.parametrize("p", [0.0, 1e-40, -1.0, float("nan"), float("inf"), 81.0])
 def test_log_and_sign_refuses_what_has_no_meaning(p: float) -> None:
-    with pytest.raises(ValueError, match=r"finite number in \(0, 80\].*the paper uses 10"):
+    with pytest.raises(ValueError, match=r"finite number in \[0.001, 80\].*the paper uses 10"):
         LogAndSign(p)
 
 
@@ -89,3 +89,11 @@ def test_refuses_missing_keys(key: str) -> None:
     del values[key]
     with pytest.raises(ValueError, match=f"not a rule specification.*{key}"):
         RuleSpec.from_dict(values)
+
+
+@pytest.mark.parametrize("value", ["a", None, True])
+def test_what_is_not_a_number_is_named(value: object) -> None:
+    with pytest.raises(TypeError, match=r"LogAndSign\.p must be a number"):
+        LogAndSign(p=value)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="output_scale must be a number"):
+        RuleSpec(output_scale=value)  # type: ignore[arg-type]

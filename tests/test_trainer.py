@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from l2l_fast.meta import MetaTrainer, TrainConfig, TrainEvent, unroll
 from l2l_fast.meta.log import LogRow, tensorboard
 from l2l_fast.problems import Quadratic
+from l2l_fast.problems.quadratic import QuadraticInstances
 from l2l_fast.rule import CoordinatewiseLSTM
 
 SMALL = TrainConfig(
@@ -532,6 +533,84 @@ def test_a_folder_that_can_not_be_written_is_an_error_at_once(tmp_path: Path) ->
     assert all(torch.equal(*pair) for pair in zip(rule.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("refused", ["folder", "file"])
+def test_a_folder_that_can_not_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    target = "pathlib.Path.mkdir" if refused == "folder" else "tempfile.TemporaryFile"
+    monkeypatch.setattr(target, refuse)
+    with pytest.raises(OSError, match=r"can't write to the folder .*run: Permission denied; name another one"):
+        MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path / "run").fit()
+
+
+class BreaksOnce:
+    """Quadratics whose first ``allowed`` samples work and whose next one does not."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self.sampled = 0
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> QuadraticInstances:
+        self.sampled += 1
+        if self.sampled == self.allowed + 1:
+            raise Stop
+        return Quadratic(dim=3).sample(batch_size, generator=generator, device=device)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_training_that_broke_before_its_first_checkpoint_begins_anew(tmp_path: Path, same: bool) -> None:
+    problem = BreaksOnce(allowed=0)
+    trainer = MetaTrainer(make_rule(), problem, SMALL, folder=tmp_path)
+    with pytest.raises(Stop):
+        trainer.fit()
+    assert list(tmp_path.iterdir()) == []
+    if not same:
+        trainer = MetaTrainer(make_rule(), problem, SMALL, folder=tmp_path)
+    trainer.fit()
+    MetaTrainer(make_rule(), Quadratic(dim=3), SMALL, folder=tmp_path / "whole").fit()
+    assert contents(tmp_path)["log"] == contents(tmp_path / "whole")["log"]
+
+
+def test_training_that_broke_after_its_first_checkpoint_resumes(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        MetaTrainer(make_rule(), BreaksOnce(allowed=1), SMALL, folder=tmp_path).fit()
+    with pytest.raises(FileExistsError, match="holds checkpoint"):
+        MetaTrainer(make_rule(), BreaksOnce(allowed=1), SMALL, folder=tmp_path).fit()
+    # What the problem counts does not make it another one: it is described as it was when training began.
+    fixed = BreaksOnce(allowed=1)
+    trainer = MetaTrainer(make_rule(), fixed, SMALL, folder=tmp_path)
+    fixed.sampled = 2
+    assert trainer.fit(resume=True).updates == SMALL.updates
+
+
+class Nameless(SquareProblem):
+    """No ``repr`` of its own."""
+
+    def __init__(self, scale: float, data: Tensor) -> None:
+        self.scale = scale
+        self.data = data
+        self._cache = [scale]
+
+
+def test_resume_refuses_another_problem_without_a_repr(tmp_path: Path) -> None:
+    def trainer(scale: float) -> MetaTrainer:
+        return MetaTrainer(LinearRule(), Nameless(scale, torch.ones(2)), SMALL, folder=tmp_path)
+
+    trainer(1.0).fit()
+    with pytest.raises(ValueError, match=r"problem is 'Nameless\(scale=1.0\)' in .* but 'Nameless\(scale=2.0\)' here"):
+        trainer(2.0).fit(resume=True)
+    trainer(1.0).fit(resume=True)
+
+
 def test_tensorboard_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="install the package tensorboard"):
@@ -569,6 +648,10 @@ def test_tensorboard_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ({"clip": 0.0}, ValueError, "clip must be finite and positive, got 0.0"),
         ({"final_lr_fraction": 2.0}, ValueError, "final_lr_fraction must be at most 1, got 2.0"),
         ({"truncation": 101}, ValueError, "truncation must be at most the horizon of 100 steps, got 101"),
+        ({"seed": 10**23}, ValueError, r"seed must be at most 2\*\*63 - 1, got 1000"),
+        ({"validation_seed": 2**63}, ValueError, r"validation_seed must be at most 2\*\*63 - 1"),
+        ({"backend": "zz"}, ValueError, "unknown backend 'zz'; known backends: 'cpu', 'reference'"),
+        ({"backend": 1}, TypeError, "backend must be the name of a backend or None, got 1"),
         ({"seed": 5, "validation_seed": 5}, ValueError, "seed and validation_seed are both 5"),
         ({"loss_weights": (1.0,) * 100}, ValueError, "each of the 101 points of 100 steps.*got 100"),
         ({"horizon": 20, "loss_weights": (float("inf"),) * 21}, ValueError, "loss_weights must be finite"),
@@ -577,6 +660,11 @@ def test_tensorboard_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_bad_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TrainConfig(**settings)
+
+
+def test_the_greatest_seeds() -> None:
+    config = replace(SMALL, updates=1, seed=2**63 - 1, validation_seed=2**63 - 2)
+    assert MetaTrainer(make_rule(), Quadratic(), config).fit().updates == 1
 
 
 def test_bad_arguments() -> None:

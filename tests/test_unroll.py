@@ -323,6 +323,16 @@ class Grumpy(Wrapped):
         return grad.sum().view(1), state
 
 
+class TwoStates(Wrapped):
+    def init_state(self, n: int) -> Tensor:
+        return (super().init_state(n), super().init_state(n))  # type: ignore[return-value]
+
+
+class ListAsState(Wrapped):
+    def forward(self, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, [state]  # type: ignore[return-value]
+
+
 def test_bad_input() -> None:
     rule, instances = make_rule(), quadratics()
     theta = instances.init(generator=seeded(2))["theta"]
@@ -339,8 +349,17 @@ def test_bad_input() -> None:
         unroll(rule, instances, STEPS, loss_weights=[1.0] * STEPS)
     with pytest.raises(ValueError, match="loss_weights must be finite"):
         unroll(rule, instances, 1, loss_weights=[1.0, float("nan")])
-    with pytest.raises(TypeError, match="params must be a non-empty dict"):
+    with pytest.raises(TypeError, match="params must be a dict of tensors, got list"):
+        unroll(rule, instances, params=[theta])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="params is empty"):
         unroll(rule, instances, params={})
+    for problem in (Quadratic(), Quadratic, QuadraticInstances):
+        with pytest.raises(TypeError, match=r"methods init and loss, got .*pass problem\.sample\(batch_size, \.\.\.\)"):
+            unroll(rule, problem)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the state of a rule must be one tensor, got tuple"):
+        unroll(TwoStates(rule), instances)
+    with pytest.raises(TypeError, match="the state of a rule must be one tensor, got list"):
+        unroll(ListAsState(rule), instances)
     with pytest.raises(TypeError, match=r"is torch.float32 but the rule is torch.float64; convert one"):
         unroll(rule, instances, params={"theta": theta.float()})
     with pytest.raises(TypeError, match=r"params\['theta'\] must be a dense tensor of real floating point"):

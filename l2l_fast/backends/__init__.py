@@ -122,6 +122,9 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype, spec: Ru
     source = "backend" if name else ENVIRONMENT_VARIABLE
     name = name or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if name is not None:
+        if name not in NAMES:
+            known = ", ".join(map(repr, NAMES))
+            raise ValueError(f"unknown backend {name!r}; known backends: {known} (it was named by {source})")
         backend = get(name)
         reason = backend.unavailable(device, dtype, spec)
         if reason is not None:

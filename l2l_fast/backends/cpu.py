@@ -17,8 +17,8 @@ except ImportError as error:  # built with L2L_FAST_NO_EXT=1, or not built at al
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Instruction sets that this build has and this processor runs, fastest last."""
-    return tuple(_C.instruction_sets())
+    """Instruction sets that this build has and this processor runs, fastest last; none without the extension."""
+    return () if _IMPORT_ERROR else tuple(_C.instruction_sets())
 
 
 def instruction_set() -> str:
@@ -41,7 +41,25 @@ def fma_peak(iterations: int = 1_000_000) -> float:
 
 
 def _array(tensor: Tensor) -> Any:
-    return tensor.detach().contiguous().numpy()
+    return tensor.detach().to(torch.float32).contiguous().numpy()
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=torch.float32, device="cpu")
+
+
+def _check_memory(sizes: list[int], grads: list[Tensor], states: list[Tensor], dtypes: set[torch.dtype]) -> None:
+    """The kernel trusts addresses and sizes, and a tensor may have been replaced behind the optimizer's back."""
+    rows = 4 * _C.HIDDEN_SIZE * _C.TILE
+    if [grad.numel() for grad in grads] != sizes:
+        raise RuntimeError("a gradient has another size than its parameter; call zero_grad() and go backward again")
+    if [state.numel() for state in states] != [-(-n // _C.TILE) * rows for n in sizes]:
+        raise RuntimeError("a packed state has another size than its parameter asks for; load it by load_state_dict")
+    if len({state.dtype for state in states}) > 1 or len(dtypes) > 1 or not all(state.is_cpu for state in states):
+        raise RuntimeError(
+            "parameters and packed states of one call must each have one dtype and lie on the CPU; change a state by "
+            "load_state_dict, not in place"
+        )
 
 
 class CPUBackend:
@@ -55,7 +73,7 @@ class CPUBackend:
 
     def unavailable(self, device: torch.device, dtype: torch.dtype, spec: RuleSpec) -> str | None:
         if _IMPORT_ERROR:
-            return f"the C++ extension is not there ({_IMPORT_ERROR}); install l2l_fast without L2L_FAST_NO_EXT"
+            return f"the C++ extension can't be imported ({_IMPORT_ERROR}); reinstall l2l_fast, without L2L_FAST_NO_EXT"
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device}"
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -73,7 +91,7 @@ class CPUBackend:
     def pack_state(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         n, tile = state.shape[0], _C.TILE
         rows = state.detach().reshape(n, 4 * state.shape[-1])
-        packed = torch.zeros(-(-n // tile), rows.shape[1], tile, dtype=dtype)
+        packed = torch.zeros(-(-n // tile), rows.shape[1], tile, dtype=dtype, device=state.device)
         whole = n // tile * tile
         packed[: n // tile].copy_(rows[:whole].view(-1, tile, rows.shape[1]).transpose(1, 2))
         if whole < n:
@@ -100,12 +118,14 @@ class CPUBackend:
     ) -> None:
         if not params:
             return
+        sizes = [param.numel() for param in params]
+        _check_memory(sizes, grads, states, {param.dtype for param in params})
         _C.step_in_place(
             prepared,
             [param.data_ptr() for param in params],
             [grad.data_ptr() for grad in grads],
             [state.data_ptr() for state in states],
-            [param.numel() for param in params],
+            sizes,
             _CODES[params[0].dtype],
             _CODES[states[0].dtype],
             lr,
@@ -118,8 +138,7 @@ class CPUBackend:
         torch.autograd.graph.increment_version(params)
 
     def step(self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        update = torch.empty(grad.shape, dtype=torch.float32)
-        new_state = torch.empty(state.shape, dtype=torch.float32)
+        update, new_state = _empty(grad), _empty(state)
         _C.step(
             self.prepare(spec, weights),
             _array(grad),
@@ -128,19 +147,17 @@ class CPUBackend:
             new_state.numpy(),
             torch.get_num_threads(),
         )
-        return update, new_state
+        return update.to(weights.dtype), new_state.to(weights.dtype)
 
     def step_backward(
         self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor, d_update: Tensor, d_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        d_weights = torch.empty(weights.shape, dtype=torch.float32)
-        d_grad = torch.empty(grad.shape, dtype=torch.float32)
-        d_state_before = torch.empty(state.shape, dtype=torch.float32)
+        d_weights, d_grad, d_state_before = _empty(weights), _empty(grad), _empty(state)
         _C.backward(
             self.prepare(spec, weights),
             _array(grad),
             _array(d_update),
-            _array(torch.ones(1)),
+            _array(torch.ones(1, device="cpu")),
             _array(state),
             _array(d_state),
             d_weights.numpy(),
@@ -148,7 +165,7 @@ class CPUBackend:
             d_state_before.numpy(),
             torch.get_num_threads(),
         )
-        return d_weights, d_grad, d_state_before
+        return d_weights.to(weights.dtype), d_grad.to(weights.dtype), d_state_before.to(weights.dtype)
 
     def unroll_backward(
         self,
@@ -159,14 +176,14 @@ class CPUBackend:
         state: Tensor | None,
         need_d_state: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        d_weights = torch.empty(weights.shape, dtype=torch.float32)
-        d_state = None if state is None or not need_d_state else torch.empty(state.shape, dtype=torch.float32)
-        grads = grads.detach().contiguous()
+        d_weights = _empty(weights)
+        d_state = None if state is None or not need_d_state else _empty(state)
+        grads = grads.detach().to(torch.float32).contiguous()
         _C.backward(
             self.prepare(spec, weights),
             _array(grads[:-1]),
             _array(grads[1:]),
-            _array(loss_weights[1:].to(torch.float32)),
+            _array(loss_weights[1:]),
             None if state is None else _array(state),
             None,
             d_weights.numpy(),
@@ -174,7 +191,7 @@ class CPUBackend:
             None if d_state is None else d_state.numpy(),
             torch.get_num_threads(),
         )
-        return d_weights, d_state
+        return d_weights.to(weights.dtype), None if d_state is None else d_state.to(weights.dtype)
 
 
 _CODES = (

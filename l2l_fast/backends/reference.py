@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
 from l2l_fast import reference
 from l2l_fast.spec import RuleSpec
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run ``function`` without a tape, and without autocast, which would take matrix products to 16 bits."""
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class ReferenceBackend:
@@ -31,7 +49,7 @@ class ReferenceBackend:
     def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
         return packed.clone()
 
-    @torch.no_grad()
+    @_plain
     def step_(
         self,
         spec: RuleSpec,
@@ -57,17 +75,17 @@ class ReferenceBackend:
             flat.copy_(new_param)
             state.copy_(new_state)
 
-    @torch.no_grad()
+    @_plain
     def step(self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return reference.step(spec, weights, grad, state)
 
-    @torch.no_grad()
+    @_plain
     def step_backward(
         self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor, d_update: Tensor, d_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         return reference.step_backward(spec, weights, grad, state, d_update, d_state)
 
-    @torch.no_grad()
+    @_plain
     def unroll_backward(
         self,
         spec: RuleSpec,

@@ -31,13 +31,16 @@ logger = logging.getLogger("l2l_fast")
 
 
 class _Commands(TyperGroup):
-    """Ends expected errors as one line and exit code 2."""
+    """Ends expected errors as one line and exit code 2, Ctrl-C with exit code 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
+        except KeyboardInterrupt:
+            errors.print("\ninterrupted")
+            raise typer.Exit(130) from None
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
             logger.debug("the command failed", exc_info=True)
             message = " ".join(str(error).split()) or type(error).__name__
@@ -165,12 +168,7 @@ def train(
             resume = resume and (folder / CHECKPOINT).exists()
         result = training.fit(MetaTrainer(rule, known_problem, config, folder=folder), resume=resume)
     except KeyboardInterrupt:
-        errors.print(
-            f"\ninterrupted; {escape(str(folder))} holds a checkpoint: "
-            "the same command with --resume carries on from it",
-            highlight=False,
-            soft_wrap=True,
-        )
+        errors.print(f"\ninterrupted; {escape(_what_is_left(folder))}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(
         f"{result.updates} updates in {result.seconds:.1f} s; best validation loss {result.best_validation_loss:.4g} "
@@ -178,6 +176,17 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
+    if result.best_update == 0:
+        reason = (
+            f"training stopped before its first validation, which is due after {config.validate_every} updates"
+            if len(result.history) == 1
+            else "no validation was better than that before training"
+        )
+        errors.print(
+            f"[bold yellow]warning:[/] {escape(str(folder / BEST))} holds the untrained rule: {reason}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if diagnose:
         best = result.best_rule
         assert isinstance(best, CoordinatewiseLSTM)
@@ -191,6 +200,15 @@ def train(
         )
         console.print(tables.diagnosis_table(diagnosis))
     _print_written(folder / BEST)
+
+
+def _what_is_left(folder: Path) -> str:
+    """What the folder of a training that was interrupted holds, and how to carry on."""
+    if (folder / CHECKPOINT).exists():
+        return f"{folder} holds a checkpoint: the same command with --resume carries on from it"
+    if (folder / training.SEARCH).exists():
+        return f"{folder} holds the trials of the search: the same command with --resume carries on with them"
+    return "nothing was kept"
 
 
 def _evaluate(problem: str, rule: str, functions: int, steps: int, cache: Path | None) -> Evaluation:

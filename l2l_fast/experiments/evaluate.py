@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2l_fast.backends import resolve
 from l2l_fast.baselines import BASELINES, GRID_POINTS, Tuned, settle, tune
 from l2l_fast.experiments.output import write_json
 from l2l_fast.experiments.progress import progress
@@ -249,7 +250,13 @@ def evaluate_rules(
 
     Args:
         cache: folder in which results of tuning are kept, as ``baselines.json``.
+
+    Raises:
+        As :func:`evaluate` does; that ``$L2L_FAST_BACKEND`` can't run a rule is found out before the tuning.
     """
+    for rule in rules.values():
+        weight = rule.output.weight
+        resolve(None, weight.device, weight.dtype, rule.spec)
     file = None if cache is None else cache / "baselines.json"
     baselines = tune_baselines(problem, steps=steps, functions=tuning_functions, cache=file)
     return evaluate(problem, rules, baselines, name=name, steps=steps, functions=functions)

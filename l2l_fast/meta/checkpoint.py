@@ -63,13 +63,7 @@ def describe(rule: nn.Module, problem: object, config: TrainConfig) -> dict[str,
             "type": type(rule).__name__,
             "weights": {name: list(tensor.shape) for name, tensor in rule.state_dict().items()},
         }
-    # The default repr holds an address, which differs from process to process.
-    named = type(problem).__repr__ is not object.__repr__
-    return {
-        "rule": about_rule,
-        "problem": repr(problem) if named else type(problem).__qualname__,
-        "config": config.to_dict(),
-    }
+    return {"rule": about_rule, "problem": _describe_problem(problem), "config": config.to_dict()}
 
 
 def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], about: dict[str, Any], progress: Progress) -> None:
@@ -115,6 +109,25 @@ def load(path: str | os.PathLike[str], about: dict[str, Any]) -> tuple[dict[str,
 def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name begins with ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _describe_problem(problem: object) -> str:
+    """Its ``repr``, or one made of its public attributes that are plain values."""
+    if type(problem).__repr__ is not object.__repr__:
+        return repr(problem)
+    # The default repr holds an address, which differs from process to process.
+    attributes = sorted(getattr(problem, "__dict__", {}).items())
+    settings = [f"{name}={value!r}" for name, value in attributes if not name.startswith("_") and _is_plain(value)]
+    return f"{type(problem).__qualname__}({', '.join(settings)})"
+
+
+def _is_plain(value: object) -> bool:
+    """Whether JSON can express ``value``."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _flat(about: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from l2l_fast.backends import get
+
 # Fields that may differ when training is resumed: they have no influence on its result.
 FREE_FIELDS = frozenset({"checkpoint_every", "max_seconds"})
+
+_GREATEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class TrainConfig:
             ("validation_seed", 0),
         ):
             self._check_int(name, least)
+        for name in ("seed", "validation_seed"):
+            if getattr(self, name) > _GREATEST_SEED:
+                raise ValueError(f"{name} must be at most 2**63 - 1, got {getattr(self, name)}")
         for name in ("lr", "final_lr_fraction", "clip", "max_seconds"):
             self._check_positive(name)
         if self.final_lr_fraction > 1:
@@ -87,6 +94,10 @@ class TrainConfig:
         if self.loss_weights is not None:
             object.__setattr__(self, "loss_weights", tuple(map(float, self.loss_weights)))
             self._check_loss_weights()
+        if self.backend is not None:
+            if not isinstance(self.backend, str):
+                raise TypeError(f"backend must be the name of a backend or None, got {self.backend!r}")
+            get(self.backend)  # raises if there is none of that name
 
     def _check_int(self, name: str, least: int) -> None:
         value = getattr(self, name)

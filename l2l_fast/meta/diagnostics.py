@@ -18,7 +18,7 @@ BINS = 20
 # Where the verdict draws its lines.
 _FEW_DOWNHILL = 0.05
 _STEP_TOO_LONG, _STEP_TOO_SHORT = 1.0, 1e-4
-_MANY_SATURATED = 0.5
+_MANY_SATURATED, _SOME_SATURATED = 0.5, 0.1
 _LARGE_FEATURE = 10.0
 _GRADIENT_RATIO = 100.0
 
@@ -92,9 +92,11 @@ class Diagnosis:
             for name, share in self.saturation.items()
             if share > _MANY_SATURATED
         ]
+        # Features enter the first layer; however large, they do no harm where the rule has learned to scale them down.
+        saturated = any(share > _SOME_SATURATED for name, share in self.saturation.items() if name.startswith("1."))
         for index, histogram in enumerate(self.features):
             largest = histogram.edges.abs().max().item()
-            if largest > _LARGE_FEATURE:
+            if saturated and largest > _LARGE_FEATURE:
                 findings.append(
                     f"Feature {index} reaches {largest:.3g}, which drives gates to their limits: "
                     "try preprocess=LogAndSign() or scale the problem."

@@ -79,7 +79,7 @@ def search(
     study.set_user_attr("about", about)
     while len(done := study.get_trials(states=[optuna.trial.TrialState.COMPLETE])) < trials:
         # Seeded by trial: a search that was interrupted tries the same learning rates as one that was not.
-        study.sampler = optuna.samplers.RandomSampler(seed + len(done))
+        study.sampler = optuna.samplers.RandomSampler((seed + len(done)) % 2**32)
         asked = study.ask()
         lr = asked.suggest_float("lr", low, high, log=True)
         trial = Trial(lr, _validation_loss(make_rule(), problem, config, lr))

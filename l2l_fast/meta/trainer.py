@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class TrainResult:
     Attributes:
         best_rule: the rule of the best validation.
         best_validation_loss: its mean loss after the last step.
-        best_update: after how many updates it was found.
+        best_update: after how many updates it was found; 0 if it is the untrained rule.
         history: a row per validation.
         updates: meta-updates done.
         seconds: seconds of training, over all calls.
@@ -73,11 +74,12 @@ class MetaTrainer:
             while the best one is in the result.
         problem: where instances come from.
         config: settings; ``None`` is :class:`TrainConfig` as it is.
-        folder: where to keep ``checkpoint.safetensors``, ``best.safetensors`` (a rule file), ``log.csv``
-            and ``summary.json``; made if need be. ``None`` keeps nothing.
+        folder: where to keep ``checkpoint.safetensors``, ``log.csv``, ``summary.json`` and, of a
+            :class:`CoordinatewiseLSTM`, ``best.safetensors`` (a rule file); made if need be. ``None`` keeps nothing.
 
     Raises:
         TypeError: if an argument has the wrong kind.
+        ValueError: if no weight of the rule requires grad.
 
     Source: Andrychowicz et al. 2016, sections 2 and 3.
     """
@@ -109,7 +111,9 @@ class MetaTrainer:
         self._progress = Progress()
         self._run: _Run | None = None
         self._best = _copy_weights(rule)
-        self._begun = False
+        # Taken now: a problem may change while it is sampled from.
+        self._about = checkpoint.describe(rule, problem, self.config)
+        self._begun = False  # whether the folder holds a checkpoint of this very training
 
     @property
     def best_rule(self) -> nn.Module:
@@ -117,10 +121,9 @@ class MetaTrainer:
         best = copy.deepcopy(self.rule)
         best.load_state_dict(self._best)
         if isinstance(best, CoordinatewiseLSTM):
-            about = checkpoint.describe(self.rule, self.problem, self.config)
             best.card = {
-                "problem": about["problem"],
-                "config": about["config"],
+                "problem": self._about["problem"],
+                "config": self._about["config"],
                 "updates": self._progress.best_update,
                 "validation_loss": _finite_or_none(self._progress.best_validation_loss),
             }
@@ -151,6 +154,7 @@ class MetaTrainer:
             if not self._progress.history:
                 self._validate()
             self._save()
+            self._begin_log()
             while (stopped := self._stopped(self._progress.seconds - before)) is None:
                 lr, loss, grad_norm = self._update()
                 self._progress.seconds = before + time.perf_counter() - begin
@@ -265,7 +269,7 @@ class MetaTrainer:
         )
         progress.history.append(row)
         progress.segments, progress.loss_sum, progress.grad_norm_sum = 0, 0.0, 0.0
-        if self.folder is not None:
+        if self.folder is not None and self._begun:
             write_log(self.folder / LOG, [row], append=True)
         return validation_loss
 
@@ -296,14 +300,13 @@ class MetaTrainer:
         )
 
     def _open(self, resume: bool) -> None:
-        """Look at the folder before anything is written to it."""
+        """Look at the folder, and restore what is to be resumed; no file is written before the first checkpoint."""
         if self.folder is None:
             if resume:
                 raise ValueError("resume=True needs a folder to resume from; give MetaTrainer(..., folder=...)")
             return
         if resume:
-            about = checkpoint.describe(self.rule, self.problem, self.config)
-            self._restore(*checkpoint.load(self.folder / CHECKPOINT, about))
+            self._restore(*checkpoint.load(self.folder / CHECKPOINT, self._about))
         elif not self._begun:
             found = [name for name in (CHECKPOINT, BEST, LOG, SUMMARY) if (self.folder / name).exists()]
             if found:
@@ -311,10 +314,13 @@ class MetaTrainer:
                     f"{self.folder} holds {', '.join(found)} of an earlier training; fit(resume=True) carries on with "
                     "it, another folder starts anew"
                 )
-            self.folder.mkdir(parents=True, exist_ok=True)
-        # Rows that were written after the checkpoint are written again.
-        write_log(self.folder / LOG, self._progress.history)
-        self._begun = True
+        _make_writable(self.folder)
+
+    def _begin_log(self) -> None:
+        """Write the log up to the checkpoint there is; rows that were written after it are written again."""
+        if self.folder is not None:
+            write_log(self.folder / LOG, self._progress.history)
+            self._begun = True
 
     def _save(self) -> None:
         if self.folder is None:
@@ -332,8 +338,7 @@ class MetaTrainer:
             # Numbered, because the order of the names is that of the coordinates.
             for index, (name, tensor) in enumerate(self._run.params.items()):
                 tensors[f"run.params.{index}.{name}"] = tensor
-        about = checkpoint.describe(self.rule, self.problem, self.config)
-        checkpoint.save(self.folder / CHECKPOINT, tensors, about, self._progress)
+        checkpoint.save(self.folder / CHECKPOINT, tensors, self._about, self._progress)
         best = self.best_rule
         if isinstance(best, CoordinatewiseLSTM):
             best.save(self.folder / BEST)
@@ -368,9 +373,19 @@ class MetaTrainer:
             "skipped": self._progress.skipped,
             "seconds": result.seconds,
             "stopped": result.stopped,
-            **checkpoint.describe(self.rule, self.problem, self.config),
+            **self._about,
         }
         (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _make_writable(folder: Path) -> None:
+    """Make the folder and try it, so that training does not find out after its first validation."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"can't write to the folder {folder}: {error.strerror or error}; name another one") from error
 
 
 def _copy_weights(rule: nn.Module) -> dict[str, Tensor]:

@@ -104,6 +104,7 @@ def unroll(
     if backend is not None and not isinstance(rule, CoordinatewiseLSTM):
         raise TypeError(f"backend={backend!r} has no meaning for a {type(rule).__name__}; leave it out")
     weights = _as_loss_weights(loss_weights, steps)
+    _check_instances(instances, params is None)
     if params is None:
         params = instances.init(generator=generator)
     layout = _Layout(params, rule)
@@ -187,6 +188,7 @@ def _stepwise(
     advance = _lstm_step(rule, layout, backend) if isinstance(rule, CoordinatewiseLSTM) else rule
     if state is None:
         state = _fresh_state(rule, layout)
+    _check_is_tensor(state)
     theta, total = start, None
     ones = start.new_ones(layout.batch)
     losses: list[Tensor] = []
@@ -209,6 +211,7 @@ def _stepwise(
                 raise ValueError(
                     f"the rule must return an update of shape {tuple(grad.shape)}, not {tuple(update.shape)}"
                 )
+            _check_is_tensor(state)
             theta = theta + update
 
     assert state is not None
@@ -255,9 +258,21 @@ def _as_loss_weights(loss_weights: Sequence[float] | Tensor | None, steps: int) 
     return weights
 
 
+def _check_instances(instances: Instances, need_init: bool) -> None:
+    if isinstance(instances, type) or not all(
+        callable(getattr(instances, name, None)) for name in (("init", "loss") if need_init else ("loss",))
+    ):
+        raise TypeError(
+            f"instances must be an object with the methods init and loss, got {type(instances).__name__}; "
+            "if that is a problem, pass problem.sample(batch_size, ...)"
+        )
+
+
 def _check_params(params: Mapping[str, Tensor], rule: nn.Module) -> None:
-    if not isinstance(params, Mapping) or not params:
-        raise TypeError(f"params must be a non-empty dict of tensors, got {type(params).__name__}")
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must be a dict of tensors, got {type(params).__name__}")
+    if not params:
+        raise ValueError("params is empty; give at least one tensor by name")
     first_name, first = next(iter(params.items()))
     weight = next((p for p in rule.parameters() if p.is_floating_point()), None)
     for name, tensor in params.items():
@@ -279,6 +294,13 @@ def _check_params(params: Mapping[str, Tensor], rule: nn.Module) -> None:
                 )
     if not math.prod(first.shape):
         raise ValueError(f"params[{first_name!r}] has no coordinates: shape {tuple(first.shape)}")
+
+
+def _check_is_tensor(state: object) -> None:
+    if not isinstance(state, Tensor):
+        raise TypeError(
+            f"the state of a rule must be one tensor, got {type(state).__name__}; concatenate what it consists of"
+        )
 
 
 def _check_state(state: Tensor, rule: CoordinatewiseLSTM, layout: _Layout) -> None:

@@ -30,7 +30,11 @@ class Instances(Protocol):
 
 
 class Problem(Protocol):
-    """A distribution over problem instances. Its ``repr`` says which one it is."""
+    """A distribution over problem instances.
+
+    Its ``repr`` says which one it is; without one of its own, its class and its public attributes of
+    plain values do (numbers, strings, lists and the like).
+    """
 
     def sample(
         self,
