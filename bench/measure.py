@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,22 +45,6 @@ def zero_state(rule: CoordinatewiseLSTM, n: int) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(n, rule.spec.hidden_size) for _ in range(4))
 
 
-def peak_memory(run: Callable[[], object]) -> int | None:
-    """Bytes by which the resident memory of this process rises at most during ``run``; ``None`` off Linux."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
-        return None
-
-    def kilobytes(field: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1])
-
-    clear.write_text("5")  # the peak starts again at the present size
-    before = kilobytes("VmRSS:")
-    run()
-    return 1024 * (kilobytes("VmHWM:") - before)
-
-
 def report(
     benchmark: Any, n: int, run: Callable[[], object], *, steps: int = 1, macs: int = MACS_FORWARD, rounds: int = 0
 ) -> None:
@@ -73,13 +56,13 @@ def report(
         macs: multiply-adds per coordinate and step that the mathematics asks for.
         rounds: how often to run; 0 leaves it to pytest-benchmark.
     """
-    memory = peak_memory(run)  # also the warm-up
+    run()
     if rounds:
         benchmark.pedantic(run, rounds=rounds, iterations=1)
     else:
         benchmark(run)
     info = benchmark.extra_info
-    info.update(n=n, steps=steps, threads=torch.get_num_threads(), peak_memory_mib=memory and memory / 2**20)
+    info.update(n=n, steps=steps, threads=torch.get_num_threads())
     if benchmark.stats is not None:
         seconds = benchmark.stats.stats.min
         info["ns_per_coordinate_step"] = 1e9 * seconds / (n * steps)

@@ -50,21 +50,28 @@ def markdown(results: dict[str, Any]) -> str:
         f"{machine['fma_peak_gflops']:.0f} GFLOP/s measured FMA peak per thread; Python {machine['python']}, "
         f"torch {machine['torch']}, l2l_fast {machine['l2l_fast']}; {results['datetime'][:10]}.",
         "",
-        "Best time of all rounds. Ratios are to plain PyTorch in the same process, where it was run. Peak memory is "
-        "the rise of the resident set during one call.",
+        "Best time of all rounds. Ratios are to plain PyTorch in the same process, where it was run; the share of the "
+        "FMA peak is that of the instruction set in use. Peak memory is the rise of the resident set in a process of "
+        "its own.",
     ]
     for group, benchmarks in by_group(results["benchmarks"]).items():
+        if "peak_memory_mib" in benchmarks[0]["extra_info"]:
+            lines += ["", f"## {group}", "", "| case | peak memory |", "|---|---|"]
+            lines += [f"| {label(b)} | {b['extra_info']['peak_memory_mib']:.0f} MiB |" for b in benchmarks]
+            continue
         eager = next((b["stats"]["min"] for b in benchmarks if is_eager(label(b))), None)
-        lines += ["", f"## {group}", "", "| case | ns per coordinate and step | x eager | FMA peak | peak memory |"]
-        lines += ["|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {group}",
+            "",
+            "| case | ns per coordinate and step | x eager | FMA peak |",
+            "|---|---|---|---|",
+        ]
         for benchmark in benchmarks:
             info, seconds = benchmark["extra_info"], benchmark["stats"]["min"]
             ratio = f"{eager / seconds:.2f}" if eager else ""
             share = f"{info['share_of_fma_peak']:.1%}" if info["share_of_fma_peak"] else ""
-            memory = "" if info["peak_memory_mib"] is None else f"{info['peak_memory_mib']:.1f} MiB"
-            lines.append(
-                f"| {label(benchmark)} | {info['ns_per_coordinate_step']:.1f} | {ratio} | {share} | {memory} |"
-            )
+            lines.append(f"| {label(benchmark)} | {info['ns_per_coordinate_step']:.1f} | {ratio} | {share} |")
     return "\n".join(lines) + "\n"
 
 
@@ -77,6 +84,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         if tensors not in ("", "1"):
             continue
         info = benchmark["extra_info"]
+        if "ns_per_coordinate_step" not in info:
+            continue
         series[kind][label(benchmark)].append((info["n"], info["ns_per_coordinate_step"]))
     figure, axes = plt.subplots(1, len(series), figsize=(5 * len(series), 4.5), squeeze=False, layout="constrained")
     for axis, (kind, lines) in zip(axes[0], series.items(), strict=True):

@@ -57,4 +57,5 @@ OTHERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 def test_adam(benchmark: Any, name: str, n: int, tensors: int) -> None:
     benchmark.group = _name(n, tensors)
     optimizer = OTHERS[name](_parameters(n, tensors))
+    optimizer.step()
     report(benchmark, n, optimizer.step, macs=0)

@@ -75,8 +75,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Every coordinate of every parameter has a state of its own, ``4 * H`` numbers, made at the first step
     at which the parameter has a gradient. The rule's weights are read, never changed; a change of them
-    counts from the next step on (one through ``.data``, which PyTorch does not record, may not). Parameter groups may set their own ``lr``, ``weight_decay``, ``maximize``
-    and ``skip_nonfinite``.
+    counts from the next step on (one through ``.data``, which PyTorch does not record, may not). Parameter
+    groups may set their own ``lr``, ``weight_decay``, ``maximize`` and ``skip_nonfinite``.
 
     :meth:`state_dict` holds the state of a parameter under ``"lstm"``, shape ``[*param.shape, 2, 2, H]``
     (layer; h, c; unit) in the dtype ``state_dtype``, as a copy, whatever the backend; ``"rule"`` in every
