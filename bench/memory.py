@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from measure import eager_step, zero_state
 
 import l2l_fast
+from l2l_fast.experiments.speed import eager_step, zero_state
 
 
 class Bowl:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from measure import MACS_BACKWARD, MACS_FORWARD, eager_step, report, zero_state
+from measure import MACS_BACKWARD, MACS_FORWARD, report
 from numerics import assert_as_good_as_eager
 from torch import Tensor
 
 from l2l_fast import CoordinatewiseLSTM, reference
 from l2l_fast.backends import cpu, get
+from l2l_fast.experiments.speed import eager_step, zero_state
 
 STEP_SIZES = (1_000, 10_000, 100_000)
 # Autograd keeps about 1.4 KB per coordinate and step, so eager can't follow beyond this.

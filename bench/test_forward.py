@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from measure import Step, eager_step, report, zero_state
+from measure import report
 from numerics import assert_as_good_as_eager
 from torch import Tensor
 
 from l2l_fast import CoordinatewiseLSTM, reference
 from l2l_fast.backends import cpu, get
+from l2l_fast.experiments.speed import Step, eager_step, zero_state
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 CHECKED = 1_000  # coordinates that are compared with float64 before anything is timed

@@ -380,3 +380,9 @@ def test_bad_input() -> None:
         unroll(Grumpy(rule), instances)
     with pytest.raises(RuntimeError, match=r"use torch.no_grad\(\) instead of inference mode"), torch.inference_mode():
         unroll(rule, instances)
+
+
+def test_loss_weights_that_want_a_gradient_are_refused() -> None:
+    instances = Quadratic().sample(2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"run\.losses\[t\]\.mean"):
+        unroll(CoordinatewiseLSTM(preprocess=None), instances, 3, loss_weights=torch.ones(4, requires_grad=True))

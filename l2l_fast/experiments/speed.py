@@ -22,6 +22,8 @@ META_COORDINATES = 5_000  # autograd keeps about 30 KB for each of them
 META_STEPS = 20
 ROUNDS = 5
 
+Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -64,14 +66,39 @@ def _stepper(backend: Backend, spec: RuleSpec, weights: Tensor, params: Tensor) 
     return lambda grad: backend.step_(spec, prepared, [params], [grad], [state])
 
 
+def eager_step(rule: CoordinatewiseLSTM) -> Step:
+    """One step as PyTorch users write it: two ``nn.LSTMCell`` and a ``nn.Linear``, states as separate tensors."""
+    first, second = rule.cells
+
+    def step(grad: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        h1, c1 = first(reference.features(rule.spec, grad), state[:2])
+        h2, c2 = second(h1, state[2:])
+        return rule.spec.output_scale * rule.output(h2).squeeze(-1), (h1, c1, h2, c2)
+
+    return step
+
+
+def zero_state(rule: CoordinatewiseLSTM, n: int) -> tuple[Tensor, ...]:
+    """A fresh state as :func:`eager_step` takes it."""
+    return tuple(torch.zeros(n, rule.spec.hidden_size) for _ in range(4))
+
+
 def time_forward(spec: RuleSpec, *, coordinates: int = FORWARD_COORDINATES, rounds: int = ROUNDS) -> Timing:
     """One optimizer step in place: no tape, state kept by the backend."""
-    generator = torch.Generator().manual_seed(0)
-    weights = _random_weights(spec)
-    params, grad = torch.randn(2, coordinates, generator=generator)
-    candidates: dict[str, Callable[[], None]] = {}
-    for name in (*_working(), "reference"):
-        candidates["eager" if name == "reference" else name] = partial(_stepper(get(name), spec, weights, params), grad)
+    rule = _random_rule(spec)
+    params, grad = torch.randn(2, coordinates, generator=torch.Generator().manual_seed(0))
+    step, state = eager_step(rule), zero_state(rule, coordinates)
+
+    @torch.no_grad()
+    def eager() -> None:
+        update, _ = step(grad, state)
+        params.add_(update)
+
+    weights = rule.flat_weights().detach()
+    candidates: dict[str, Callable[[], None]] = {
+        name: partial(_stepper(get(name), spec, weights, params), grad) for name in _working()
+    }
+    candidates["eager"] = eager
     return Timing("forward", coordinates, 1, _interleaved(candidates, coordinates, rounds), torch.get_num_threads())
 
 
@@ -79,19 +106,18 @@ def time_meta_step(
     spec: RuleSpec, *, coordinates: int = META_COORDINATES, steps: int = META_STEPS, rounds: int = ROUNDS
 ) -> Timing:
     """An unroll and its first-order meta-gradient: fused with recompute, eager through autograd's graph."""
-    generator = torch.Generator().manual_seed(0)
-    weights = _random_weights(spec)
-    grads = torch.randn(steps + 1, coordinates, generator=generator)
+    rule = _random_rule(spec)
+    grads = torch.randn(steps + 1, coordinates, generator=torch.Generator().manual_seed(0))
     loss_weights = torch.ones(steps + 1)
     d_updates = grads[1:].flip(0).cumsum(0).flip(0)
+    step, weights = eager_step(rule), rule.flat_weights().detach()
 
     def eager() -> None:
-        leaf = weights.clone().requires_grad_()
-        state, updates = torch.zeros(coordinates, 2, 2, spec.hidden_size), []
+        state, updates = zero_state(rule, coordinates), []
         for grad in grads[:-1]:
-            update, state = reference.step(spec, leaf, grad, state)
+            update, state = step(grad, state)
             updates.append(update)
-        torch.autograd.grad((d_updates * torch.stack(updates)).sum(), leaf)
+        torch.autograd.grad((d_updates * torch.stack(updates)).sum(), list(rule.parameters()))
 
     def fused(backend: Backend) -> None:
         stepper = _stepper(backend, spec, weights, grads[0])
@@ -109,11 +135,10 @@ def _working() -> list[str]:
     return [name for name, reason in fused_backends().items() if reason is None]
 
 
-def _random_weights(spec: RuleSpec) -> Tensor:
+def _random_rule(spec: RuleSpec) -> CoordinatewiseLSTM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rule = CoordinatewiseLSTM(spec.hidden_size, spec.preprocess, spec.output_scale)
-    return rule.flat_weights().detach()
+        return CoordinatewiseLSTM(spec.hidden_size, spec.preprocess, spec.output_scale)
 
 
 def measure(spec: RuleSpec, coordinates: int = FORWARD_COORDINATES) -> list[Timing]:

@@ -246,7 +246,11 @@ def _meta_loss(losses: Tensor, loss_weights: Tensor) -> Tensor:
 def _as_loss_weights(loss_weights: Sequence[float] | Tensor | None, steps: int) -> Tensor:
     """``[steps + 1]`` in float64 on the CPU."""
     if loss_weights is None:
-        return torch.ones(steps + 1, dtype=torch.float64)
+        return torch.ones(steps + 1, dtype=torch.float64, device="cpu")
+    if isinstance(loss_weights, Tensor) and loss_weights.requires_grad:
+        raise ValueError(
+            "loss_weights must not require grad; the derivative by the weight of step t is run.losses[t].mean()"
+        )
     weights = torch.as_tensor(loss_weights, dtype=torch.float64, device="cpu").detach()
     if weights.shape != (steps + 1,):
         raise ValueError(
