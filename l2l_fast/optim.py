@@ -233,7 +233,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 batch = batches[device, dtype]
                 layout = batch.runner.layout
             entry = state.get(param)
-            if entry is None or entry.get("layout") is not layout or entry["numel"] != param.numel():
+            if (
+                entry is None
+                or entry.get("layout") is not layout
+                or entry["numel"] != param.numel()
+                or entry["id"] != id(entry["lstm"])
+            ):
                 entry = entries[param] = self._entry(param, grad, entry, batch.runner)
             batch.states.append(entry["lstm"])
             if param.is_contiguous() and grad.is_contiguous() and grad.dtype is dtype and not grad.is_neg():
@@ -263,11 +268,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(param.shape)} is on {param.device} but its state is on "
                 f"{entry['lstm'].device}; take state_dict() before moving the model and load it afterwards"
             )
+        elif entry["id"] != id(entry["lstm"]):
+            raise RuntimeError(
+                "the packed state of a parameter was replaced in optimizer.state; its memory layout, size and dtype are "
+                "private, so change it through state_dict() and load_state_dict()"
+            )
         elif entry["layout"].backend == layout.backend:
             packed = entry["lstm"]
         else:
             packed = backend.pack_state(self._unpack(param, entry), self.state_dtype)
-        return {"lstm": packed, "layout": layout, "numel": param.numel()}
+        return {"lstm": packed, "layout": layout, "numel": param.numel(), "id": id(packed)}
 
     def _pack(self, param: Tensor, state: Tensor) -> dict[str, Any]:
         """The entry of ``param`` in ``self.state`` for a state ``[*param.shape, 2, 2, H]``."""
@@ -275,7 +285,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         flat = state.detach().to(param.device).reshape(param.numel(), *state.shape[-3:])
         packed = backend.pack_state(flat, self.state_dtype)
         # An equal layout but another object: the next step checks the parameter and its gradient once.
-        return {"lstm": packed, "layout": _Layout(*layout), "numel": param.numel()}
+        return {"lstm": packed, "layout": _Layout(*layout), "numel": param.numel(), "id": id(packed)}
 
     def _unpack(self, param: Tensor, entry: dict[str, Any]) -> Tensor:
         """State of ``param`` as ``[N, 2, 2, H]``, a copy."""
@@ -441,7 +451,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
 def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of the state less what :class:`LearnedOptimizer` keeps there."""
-    return {key: value for key, value in entry.items() if key not in ("lstm", "layout", "numel")}
+    return {key: value for key, value in entry.items() if key not in ("lstm", "layout", "numel", "id")}
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def test_replaced_memory_is_refused(
     optimizer.step()
     before = [param.detach().clone() for param in params]
     replace(optimizer, params)
-    with pytest.raises((RuntimeError, ValueError), match=r"size|dtype|memory"):
+    with pytest.raises((RuntimeError, ValueError), match=r"size|replaced|memory"):
         optimizer.step()
     for param, value in zip(params, before, strict=True):
         torch.testing.assert_close(param.detach(), value, rtol=0, atol=0)
