@@ -270,8 +270,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         elif entry["id"] != id(entry["lstm"]):
             raise RuntimeError(
-                "the packed state of a parameter was replaced in optimizer.state; its layout, size and dtype are private, "
-                "so change it through state_dict() and load_state_dict()"
+                "the packed state of a parameter was replaced in optimizer.state; its layout, size and dtype are "
+                "private, so change it through state_dict() and load_state_dict()"
             )
         elif entry["layout"].backend == layout.backend:
             packed = entry["lstm"]
