@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
 
 from l2l_fast.backends import Backend, get, resolve
@@ -177,6 +178,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # The compiler would find one call that it can't see into, and much Python around it that it need not trace.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, and its state, in place.

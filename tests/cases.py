@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -142,7 +142,7 @@ def pool(outputs: list[Outputs]) -> Outputs:
 
 def _draws(n: int, wanted: int) -> int:
     """How many draws of ``n`` coordinates make about ``wanted`` of them."""
-    return min(max(2, -(-wanted // n)), 48)
+    return min(max(1, -(-wanted // n)), 48)
 
 
 def slope(spec: RuleSpec, grad: Tensor) -> Tensor:
@@ -161,6 +161,7 @@ class StepCase:
     n: int = 65
     regime: str = "normal"
     weights: str = "initial"
+    coordinates: int = 512  # at least, of all draws together
 
     @property
     def spec(self) -> RuleSpec:
@@ -180,7 +181,7 @@ class StepCase:
                 torch.randn(self.n, generator=generator),
                 torch.randn(self.n, 2, 2, self.spec.hidden_size, generator=generator),
             )
-            for _ in range(_draws(self.n, 512))
+            for _ in range(_draws(self.n, self.coordinates))
         ]
 
     def outputs(self, *, update: Tensor, state: Tensor) -> Outputs:
@@ -235,6 +236,7 @@ class UnrollCase:
     regime: str = "normal"
     weights: str = "initial"
     with_state: bool = True
+    coordinate_steps: int = 2048  # at least, of all draws together
 
     @property
     def spec(self) -> RuleSpec:
@@ -255,7 +257,7 @@ class UnrollCase:
                 0.5 + torch.rand(self.steps + 1, generator=generator),
                 make_state(self.n, self.spec, generator) if self.with_state else None,
             )
-            for _ in range(_draws(self.n, 2048 // self.steps))
+            for _ in range(_draws(self.n, self.coordinate_steps // self.steps))
         ]
 
     def gradients(self, d_weights: Tensor, d_state: Tensor | None) -> Outputs:
@@ -300,6 +302,18 @@ def exact_unroll(
         spec, weights.double(), grads.double(), loss_weights.double(), start.double()
     )
     return d_weights, None if state is None else d_state
+
+
+@functools.cache
+def thin_step(case: StepCase) -> StepCase:
+    """The same case with few draws, for a backend that takes its time."""
+    return replace(case, coordinates=192)
+
+
+@functools.cache
+def thin_unroll(case: UnrollCase) -> UnrollCase:
+    """The same case with few draws, and few coordinates if there are many steps."""
+    return replace(case, n=min(case.n, 64) if case.steps == 100 else case.n, coordinate_steps=400)
 
 
 STEP_CASES = [

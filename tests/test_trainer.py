@@ -650,7 +650,7 @@ def test_tensorboard_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ({"truncation": 101}, ValueError, "truncation must be at most the horizon of 100 steps, got 101"),
         ({"seed": 10**23}, ValueError, r"seed must be at most 2\*\*63 - 1, got 1000"),
         ({"validation_seed": 2**63}, ValueError, r"validation_seed must be at most 2\*\*63 - 1"),
-        ({"backend": "zz"}, ValueError, "unknown backend 'zz'; known backends: 'cpu', 'reference'"),
+        ({"backend": "zz"}, ValueError, "unknown backend 'zz'; known backends: 'cpu', 'triton', 'reference'"),
         ({"backend": 1}, TypeError, "backend must be the name of a backend or None, got 1"),
         ({"seed": 5, "validation_seed": 5}, ValueError, "seed and validation_seed are both 5"),
         ({"loss_weights": (1.0,) * 100}, ValueError, "each of the 101 points of 100 steps.*got 100"),

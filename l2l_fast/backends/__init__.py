@@ -1,7 +1,7 @@
 """Which implementation runs a rule, and why the others do not.
 
 A backend is an object with the methods of :class:`Backend`. ``resolve`` picks one: an explicit
-choice works or raises with the reason, the automatic choice takes the first that works.
+choice works or raises with the reason, the automatic choice takes the fastest for the device that works.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ logger = logging.getLogger("l2l_fast")
 
 ENVIRONMENT_VARIABLE = "L2L_FAST_BACKEND"
 
-# In order of preference; each is a module of this package with one object called BACKEND.
-NAMES = ("cpu", "reference")
+# Each is a module of this package with one object called BACKEND.
+NAMES = ("cpu", "triton", "reference")
+
+# Which one the automatic choice tries first, by type of device; the reference runs everywhere.
+_FASTEST = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Backend(Protocol):
@@ -113,7 +116,7 @@ def get(name: str) -> Backend:
 
 
 def resolve(name: str | None, device: torch.device, dtype: torch.dtype, spec: RuleSpec) -> Backend:
-    """The backend to use: ``name``, else ``$L2L_FAST_BACKEND``, else the first that works.
+    """The backend to use: ``name``, else ``$L2L_FAST_BACKEND``, else the fastest that works on ``device``.
 
     Raises:
         ValueError: if the name is unknown.
@@ -133,12 +136,12 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype, spec: Ru
                 "'reference', which runs everything"
             )
         return backend
-    for candidate in NAMES:
-        reason = get(candidate).unavailable(device, dtype, spec)
-        if reason is None:
-            return get(candidate)
-        _report_fallback(candidate, reason)
-    raise RuntimeError("no backend can run this rule")  # unreachable: the reference runs everything
+    fastest = _FASTEST.get(device.type, "reference")
+    reason = get(fastest).unavailable(device, dtype, spec)
+    if reason is None:
+        return get(fastest)
+    _report_fallback(fastest, reason)
+    return get("reference")
 
 
 @cache
@@ -149,4 +152,6 @@ def _report_fallback(name: str, reason: str) -> None:
 
 def backends() -> dict[str, str | None]:
     """Every backend by name, with ``None`` if it works on this machine, else the reason why it does not."""
-    return {name: get(name).unavailable(torch.device("cpu"), torch.float32, RuleSpec()) for name in sorted(NAMES)}
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    reasons = {name: [get(name).unavailable(device, torch.float32, RuleSpec()) for device in devices] for name in NAMES}
+    return {name: None if None in reasons[name] else reasons[name][-1] for name in sorted(reasons)}

@@ -64,6 +64,7 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "instruction_set": instruction_set(),
         "threads": torch.get_num_threads(),
     }

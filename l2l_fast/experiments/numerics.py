@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from l2l_fast import reference
-from l2l_fast.backends import NAMES, Backend, get
+from l2l_fast.backends import Backend, backends, get
 from l2l_fast.experiments.progress import progress
 from l2l_fast.spec import Identity, LogAndSign, Preprocess, RuleSpec
 
@@ -75,8 +75,7 @@ def summary(comparison: Comparison) -> Comparison:
 
 def fused_backends() -> dict[str, str | None]:
     """Every backend but the reference, with the reason why it can't run here or ``None``."""
-    cpu = torch.device("cpu")
-    return {name: get(name).unavailable(cpu, torch.float32, RuleSpec()) for name in NAMES if name != "reference"}
+    return {name: reason for name, reason in backends().items() if name != "reference"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,11 @@ class _Inputs:
     def to(self, dtype: torch.dtype) -> _Inputs:
         names = ("weights", "grads", "loss_weights", "state", "d_update", "d_state")
         return _Inputs(self.spec, *(getattr(self, name).to(dtype) for name in names))
+
+    def on(self, device: torch.device) -> _Inputs:
+        """What a backend takes on ``device``; the weights of losses stay where they are."""
+        names = ("weights", "grads", "state", "d_update", "d_state")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def chunks(self, size: int) -> list[_Inputs]:
         """The same rule on slices of the coordinates."""
@@ -240,7 +244,8 @@ def compare(
     """
     chosen = get(backend)
     inputs = _inputs(preprocess, coordinates, steps, seed)
-    reason = chosen.unavailable(torch.device("cpu"), torch.float32, inputs.spec)
+    device = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+    reason = chosen.unavailable(device, torch.float32, inputs.spec)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} can't be compared: {reason}")
     rows = []
@@ -248,7 +253,7 @@ def compare(
         exact = _in_chunks(by_autograd, inputs.to(torch.float64))
         on_part()
         eager = by_autograd(inputs)
-        fused = by_backend(chosen, inputs)
+        fused = {name: value.cpu() for name, value in by_backend(chosen, inputs.on(device)).items()}
         on_part()
         rows += [
             Row(run, name, float(value.abs().max()), _error(fused[name], value), _error(eager[name], value))

@@ -1,4 +1,4 @@
-"""Time per coordinate of a fused backend against plain PyTorch, in one process."""
+"""Time per coordinate of a fused backend on the CPU against plain PyTorch, in one process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from l2l_fast import reference
-from l2l_fast.backends import Backend, get
-from l2l_fast.experiments.numerics import fused_backends
+from l2l_fast.backends import NAMES, Backend, get
 from l2l_fast.experiments.progress import progress
 from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import RuleSpec
@@ -131,8 +130,14 @@ def time_meta_step(
     return Timing("meta-step", coordinates, steps, best, torch.get_num_threads())
 
 
+def cpu_backends() -> dict[str, str | None]:
+    """Every backend but the reference, with the reason why it can't run on the CPU or ``None``."""
+    cpu = torch.device("cpu")
+    return {name: get(name).unavailable(cpu, torch.float32, RuleSpec()) for name in NAMES if name != "reference"}
+
+
 def _working() -> list[str]:
-    return [name for name, reason in fused_backends().items() if reason is None]
+    return [name for name, reason in cpu_backends().items() if reason is None]
 
 
 def _random_rule(spec: RuleSpec) -> CoordinatewiseLSTM:
