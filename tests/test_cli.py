@@ -59,7 +59,7 @@ def test_info() -> None:
 def test_every_command_has_help() -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("info", "train", "evaluate", "figure", "numerics", "bench", "demo"):
+    for command in ("info", "train", "evaluate", "figure", "numerics", "bench", "kernels", "demo"):
         assert command in out
         assert run(command, "--help")[0] == 0
 
@@ -276,7 +276,8 @@ def test_bench() -> None:
 
 
 def test_without_a_fused_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(get("cpu"), "unavailable", lambda *_: "it was not built")
+    for name in ("cpu", "triton"):
+        monkeypatch.setattr(get(name), "unavailable", lambda *_: "it was not built")
     assert "no fused backend works here" in error_of("numerics", "--coordinates", "8")
     code, printed, _ = run("bench", "--coordinates", "64")
     assert code == 0

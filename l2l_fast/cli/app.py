@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +14,9 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from l2l_fast.backends import backends
+from l2l_fast.experiments import cost_model, figures, numerics, speed, tables, training
 from l2l_fast.experiments import demo as demonstration
-from l2l_fast.experiments import figures, numerics, speed, tables, training
+from l2l_fast.experiments import kernels as kernel_analysis
 from l2l_fast.experiments.evaluate import FUNCTIONS, STEPS, Evaluation, evaluate_rules
 from l2l_fast.experiments.machine import instruction_sets, machine
 from l2l_fast.experiments.output import prepare_folder, write_json
@@ -92,6 +93,7 @@ def info() -> None:
                 "cpu": f"{facts['cpu']}, {facts['cores']} cores",
                 "instruction set": f"{facts['instruction_set']} (of {', '.join(sets)})" if sets else "none",
                 "threads": str(facts["threads"]),
+                "cuda device": facts["cuda_device"] or "none",
                 **{f"backend {name}": reason or "works" for name, reason in backends().items()},
                 "shipped rules": ", ".join(available_rules()) or "none",
             }
@@ -287,12 +289,41 @@ def bench(
     coordinates: Annotated[int, typer.Option(min=1, help="Coordinates of the forward.")] = speed.FORWARD_COORDINATES,
     threads: Threads = None,
 ) -> None:
-    """Time per coordinate of every fused backend, beside that of PyTorch."""
+    """Time per coordinate of every fused backend of the CPU, beside that of PyTorch."""
     _set_threads(threads)
     console.print(tables.timing_table(speed.measure(RuleSpec(), coordinates)))
-    for name, reason in numerics.fused_backends().items():
+    for name, reason in speed.cpu_backends().items():
         if reason is not None:
             console.print(f"backend {name} was not timed: {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+class _Architecture(str, Enum):
+    """NVIDIA architectures by compute capability."""
+
+    AMPERE = "80"
+    HOPPER = "90"
+    BLACKWELL = "120"
+    ALL = "all"
+
+
+@app.command()
+def kernels(
+    arch: Annotated[_Architecture, typer.Option(help="Compute capability to compile for.")] = _Architecture.HOPPER,
+    json: Annotated[Path | None, typer.Option(dir_okay=False, help="File for all numbers.")] = None,
+) -> None:
+    """Compile the Triton kernels (no GPU needed), and show what they occupy and the time predicted for them."""
+    if json is not None:
+        prepare_folder(json.parent)
+    capabilities = list(cost_model.ARCHITECTURES) if arch is _Architecture.ALL else [int(arch.value)]
+    analyses = kernel_analysis.analyse_all(capabilities)
+    for capability in capabilities:
+        compiled = [analysis for analysis in analyses if analysis.capability == capability]
+        console.print(tables.kernel_resources_table(compiled))
+        console.print(tables.kernel_costs_table(compiled))
+    if json is not None:
+        model = cost_model.model()
+        write_json(json, {"kernels": [asdict(one) for one in analyses], "model": model, "machine": machine()})
+        _print_written(json)
 
 
 @app.command()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from l2l_fast.experiments.cost_model import ARCHITECTURES, H200
 from l2l_fast.experiments.evaluate import Evaluation
 from l2l_fast.experiments.figures import LABELS
+from l2l_fast.experiments.kernels import Analysis
 from l2l_fast.experiments.numerics import Comparison
 from l2l_fast.experiments.speed import Timing
 from l2l_fast.meta import Diagnosis, SearchResult
@@ -93,6 +95,57 @@ def numerics_table(comparison: Comparison) -> Table:
         run = row.run
         cells = [f"{value:.1e}" for error in (row.fused, row.eager) for value in (error, error / row.scale)]
         table.add_row(label, row.quantity, *cells, f"{row.ratio:.2f}")
+    return table
+
+
+def kernel_resources_table(analyses: Sequence[Analysis]) -> Table:
+    """What each kernel occupies on one architecture."""
+    capability = analyses[0].capability
+    table = _table(
+        f"kernels compiled for sm_{capability} ({ARCHITECTURES[capability].name})",
+        caption="registers and spilled bytes of a thread, shared memory of a program, resident warps of an SM\n"
+        "barriers: per tile of coordinates",
+    )
+    table.add_column("kernel")
+    for column in ("registers", "spilled B", "shared KB", "warps", "barriers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for analysis in analyses:
+        table.add_row(
+            analysis.name,
+            str(analysis.registers),
+            str(analysis.spill_bytes),
+            f"{analysis.shared_memory / 1024:.1f}",
+            str(analysis.resident_warps),
+            str(analysis.barriers),
+        )
+    return table
+
+
+def kernel_costs_table(analyses: Sequence[Analysis]) -> Table:
+    """What a coordinate costs in each kernel on one architecture, and the time predicted for it."""
+    predicted = analyses[0].capability == H200.capability
+    caption = (
+        "clk: clocks of an SM at full rate to issue instructions, for special functions, in the tensor cores\n"
+        "bytes: through shared and global memory in all lanes, those that lanes repeat included"
+    )
+    if predicted:
+        caption += (
+            f"\nfloor: what has to move, at the {H200.copy_bandwidth / 1000:g} TB/s of a plain copy on an {H200.name}"
+            "\npredicted: by a simple model for that device, not measured"
+        )
+    table = _table("cost per coordinate, in the backward per coordinate and step", caption=caption)
+    table.collapse_padding = True
+    table.add_column("kernel")
+    columns = ["issue\nclk", "special\nclk", "tensor\nclk", "shared\nB", "global\nB"]
+    for column in columns + (["floor\nns", "predicted\nns"] if predicted else []):
+        table.add_column(column, justify="right", no_wrap=True)
+    for analysis in analyses:
+        work = analysis.work
+        clocks = (work.issue_clocks, work.special_clocks, work.tensor_clocks)
+        cells = [f"{value:.1f}" for value in clocks] + [f"{work.shared_bytes:.0f}", f"{work.global_bytes:.0f}"]
+        if analysis.prediction is not None:
+            cells += [f"{analysis.prediction.floor:.3f}", f"{analysis.prediction.nanoseconds:.3f}"]
+        table.add_row(analysis.name, *cells)
     return table
 
 
