@@ -4,9 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SANITIZED := build/sanitized
+GPU := build/gpu
+# Where the results of a CUDA device go, and what they say of the source.
+GPU_RESULTS ?= bench/results
+COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
 CXX_SOURCES := $(wildcard csrc/*)
 
-.PHONY: help venv demo test check format bench sanitize clean
+.PHONY: help venv demo test check format bench sanitize gpu gpu-lib gpu-test gpu-bench tune clean
 
 help:
 	@echo "make demo      meta-train a rule and compare it with tuned optimizers (minutes)"
@@ -14,6 +18,8 @@ help:
 	@echo "make check     formatting, lint and types"
 	@echo "make bench     run the benchmarks and write a report"
 	@echo "make sanitize  run the C++ tests under AddressSanitizer and UBSan"
+	@echo "make gpu       test and measure on a CUDA device (GPU_DRY_RUN=1: what of it runs without one)"
+	@echo "make tune      time the launch configurations of the kernels on a CUDA device"
 	@echo "make venv      only make $(VENV) and install the package into it"
 
 venv: $(INSTALLED)
@@ -61,6 +67,38 @@ sanitize: venv
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
 	  cd tests && $(abspath $(BIN))/python -c "from l2l_fast import _C; assert '$(SANITIZED)' in _C.__file__, _C.__file__" && \
 	  $(abspath $(BIN))/pytest -p no:cacheprovider test_backend_contract.py
+
+# A CUDA machine brings its own PyTorch, so these take $(PYTHON) as it is: no network, no environment. Each part ends
+# within ten minutes; `make gpu` runs the second whatever became of the first, whose outcome is part of the results.
+ifdef GPU_DRY_RUN
+GPU_TESTS := --gpu-dry-run tests/cuda tests/test_backend_contract.py -k "cuda or triton and packing"
+GPU_BENCH := --dry-run --output $(GPU)/dry-run
+TUNE := --dry-run
+else
+GPU_TESTS := tests/cuda tests/test_backend_contract.py tests/test_autograd.py $(wildcard tests/test_optim*.py) \
+  tests/test_unroll.py -k "cuda or triton"
+GPU_BENCH := --output $(GPU_RESULTS)
+endif
+
+gpu gpu-lib gpu-test gpu-bench tune: export PYTHONPATH = $(abspath $(GPU)/lib)
+
+gpu:
+	@$(MAKE) gpu-test; tests=$$?; $(MAKE) gpu-bench && exit $$tests
+
+gpu-lib:
+	mkdir -p $(GPU)/lib
+	$(PYTHON) setup.py --quiet egg_info --egg-base $(GPU)/lib build --build-base $(GPU) --build-lib $(GPU)/lib
+	$(PYTHON) -P -c "import l2l_fast.kernels; assert '$(GPU)' in l2l_fast.__file__, l2l_fast.__file__"
+
+gpu-test: gpu-lib
+	timeout --signal=INT 560 $(PYTHON) -P -m pytest -W default -p no:cacheprovider --durations=10 \
+	  --junit-xml=$(GPU)/tests.xml $(GPU_TESTS)
+
+gpu-bench: gpu-lib
+	$(PYTHON) bench/gpu.py --sanitize --tests $(GPU)/tests.xml --commit "$(COMMIT)" $(GPU_BENCH)
+
+tune: gpu-lib
+	$(PYTHON) bench/tune.py $(TUNE)
 
 clean:
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info l2l_fast/*.so
