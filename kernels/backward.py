@@ -94,6 +94,16 @@ def _add(sums, head, tail):
 
 
 @triton.jit
+def _store_state(slot, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail):
+    """Leave the state of a tile in a slot of the scratch."""
+    store_plane(slot, h1, 0, True)
+    store_plane(slot, c1, 1, True)
+    store_plane(slot, h2, 2, True)
+    store_plane(slot, c2, 3, True)
+    store_tails(slot, h1_tail, c1_tail, h2_tail, c2_tail, True)
+
+
+@triton.jit
 def _parts(block):
     """Of the derivatives ``[64, 16]`` by joined inputs those by the first and the third, ``[64, 4]`` each."""
     first, _, third, _ = split_tail(block)
@@ -146,19 +156,14 @@ def backward_kernel(
             h1 = tl.zeros((64, 16), tl.float32)
             h1_tail = tl.zeros((64, 4), tl.float32)
             c1, c1_tail, h2, h2_tail, c2, c2_tail = h1, h1_tail, h1, h1_tail, h1, h1_tail
-        for t in range(steps + 1):
-            slot = slots + t * _PACKED
-            store_plane(slot, h1, 0, True)
-            store_plane(slot, c1, 1, True)
-            store_plane(slot, h2, 2, True)
-            store_plane(slot, c2, 3, True)
-            store_tails(slot, h1_tail, c1_tail, h2_tail, c2_tail, True)
-            if t < steps:
-                grad = tl.load(grads + t * n + coordinate, mask=exists, other=0.0)
-                h1, h1_tail, c1, c1_tail = advance_1(
-                    grad, h1, h1_tail, c1, c1_tail, w0, w1, vectors, threshold, p, exp_p, LOG, 3
-                )
-                h2, h2_tail, c2, c2_tail = advance_2(h1, h1_tail, h2, h2_tail, c2, c2_tail, w2, w3, w4, 3)
+        for t in range(steps):
+            _store_state(slots + t * _PACKED, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail)
+            grad = tl.load(grads + t * n + coordinate, mask=exists, other=0.0)
+            h1, h1_tail, c1, c1_tail = advance_1(
+                grad, h1, h1_tail, c1, c1_tail, w0, w1, vectors, threshold, p, exp_p, LOG, 3
+            )
+            h2, h2_tail, c2, c2_tail = advance_2(h1, h1_tail, h2, h2_tail, c2, c2_tail, w2, w3, w4, 3)
+        _store_state(slots + steps * _PACKED, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail)
         tl.debug_barrier()
 
         # Layer 2 backward. What it asks of h1 after step t is left in the place of h2 in slot t.

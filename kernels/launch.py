@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 # The oldest architecture whose tensor cores take float16 products into float32 the way the kernels need.
 MINIMUM_CAPABILITY = 80
-# Triton 3.6 and 3.7 compile the step to a kernel without a single store there.
+# Triton 3.7 compiles the step to a kernel without a single store there, and not the backward at all.
 BROKEN_CAPABILITIES = range(100, 120)
 
 
