@@ -13,18 +13,20 @@ from .cell import (
     cell_backward,
     features_backward,
     half_parts,
+    inputs_2,
     join_head,
     join_tail,
     split_head,
     split_tail,
 )
-from .step import advance_1, advance_2, layer_1, layer_2
+from .step import first_inputs, next_state
 from .tile import load_plane, load_rows, load_tails, store_plane, store_rows, store_tails
 from .weights import LAYER_SUMS, SUMS, load_slice
 
 _PACKED = tl.constexpr(5 * 1024)
 _LAYER_SUMS = tl.constexpr(LAYER_SUMS)
 _SUMS = tl.constexpr(SUMS)
+_LOW_SCALE = tl.constexpr(2048.0)
 
 
 @triton.jit
@@ -54,6 +56,40 @@ def _scaled_gates(i, f, g, o, i_tail, f_tail, g_tail, o_tail):
     high, low = half_parts(join_head(i * up, f * up, g * up, o * up))
     high_tail, low_tail = half_parts(join_tail(i_tail * up, f_tail * up, g_tail * up, o_tail * up))
     return high, low, high_tail, low_tail, down
+
+
+@triton.jit
+def _gates_1(x0, x1, w0, w1, head, tail):
+    """``head + x @ w`` and ``tail + x @ w`` over layer 1's two slices, as :func:`product`, but finer.
+
+    Derivatives by weights are sums over all coordinates, in which what the forward neglects would show.
+    """
+    high0, low0 = half_parts(x0, _LOW_SCALE)
+    high1, low1 = half_parts(x1, _LOW_SCALE)
+    low_head = tl.dot(low1, w1[1], tl.dot(low1, w1[0], tl.dot(low0, w0[0], tl.zeros((64, 64), tl.float32))))
+    low_tail = tl.dot(low1, w1[3], tl.dot(low1, w1[2], tl.dot(low0, w0[2], tl.zeros((64, 16), tl.float32))))
+    head += low_head * (1 / _LOW_SCALE)
+    tail += low_tail * (1 / _LOW_SCALE)
+    head = tl.dot(high1, w1[1], tl.dot(high0, w0[1], head))
+    tail = tl.dot(high1, w1[3], tl.dot(high0, w0[3], tail))
+    head = tl.dot(high1, w1[0], tl.dot(high0, w0[0], head))
+    tail = tl.dot(high1, w1[2], tl.dot(high0, w0[2], tail))
+    return head, tail
+
+
+@triton.jit
+def _gates_2(x0, x1, x2, w0, w1, w2):
+    """The same over layer 2's three slices."""
+    high0, low0 = half_parts(x0, _LOW_SCALE)
+    high1, low1 = half_parts(x1, _LOW_SCALE)
+    high2, low2 = half_parts(x2, _LOW_SCALE)
+    head = tl.dot(low2, w2[0], tl.dot(low1, w1[0], tl.dot(low0, w0[0], tl.zeros((64, 64), tl.float32))))
+    tail = tl.dot(low2, w2[2], tl.dot(low1, w1[2], tl.dot(low0, w0[2], tl.zeros((64, 16), tl.float32))))
+    head = tl.dot(high2, w2[1], tl.dot(high1, w1[1], tl.dot(high0, w0[1], head * (1 / _LOW_SCALE))))
+    tail = tl.dot(high2, w2[3], tl.dot(high1, w1[3], tl.dot(high0, w0[3], tail * (1 / _LOW_SCALE))))
+    head = tl.dot(high2, w2[0], tl.dot(high1, w1[0], tl.dot(high0, w0[0], head)))
+    tail = tl.dot(high2, w2[2], tl.dot(high1, w1[2], tl.dot(high0, w0[2], tail)))
+    return head, tail
 
 
 @triton.jit
@@ -159,10 +195,12 @@ def backward_kernel(
         for t in range(steps):
             _store_state(slots + t * _PACKED, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail)
             grad = tl.load(grads + t * n + coordinate, mask=exists, other=0.0)
-            h1, h1_tail, c1, c1_tail = advance_1(
-                grad, h1, h1_tail, c1, c1_tail, w0, w1, vectors, threshold, p, exp_p, LOG, 3
-            )
-            h2, h2_tail, c2, c2_tail = advance_2(h1, h1_tail, h2, h2_tail, c2, c2_tail, w2, w3, w4, 3)
+            rest, head, tail = first_inputs(grad, h1_tail, vectors, threshold, p, exp_p, LOG)
+            head, tail = _gates_1(h1, rest, w0, w1, head, tail)
+            h1, h1_tail, c1, c1_tail = next_state(head, tail, c1, c1_tail)
+            rest = inputs_2(h1_tail, h2_tail)
+            head, tail = _gates_2(h1, h2, rest, w2, w3, w4)
+            h2, h2_tail, c2, c2_tail = next_state(head, tail, c2, c2_tail)
         _store_state(slots + steps * _PACKED, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail)
         tl.debug_barrier()
 
@@ -193,7 +231,8 @@ def backward_kernel(
             h2 = load_plane(slot, 2, True)
             c2 = load_plane(slot, 3, True)
             h1_before_tail, c1_tail, h2_tail, c2_tail = load_tails(slot, True)
-            head, tail, rest = layer_2(h1, h1_tail, h2, h2_tail, w2, w3, w4, 3)
+            rest = inputs_2(h1_tail, h2_tail)
+            head, tail = _gates_2(h1, h2, rest, w2, w3, w4)
             d_h += d_output[:, None] * out[None, :]
             d_h_tail += d_output[:, None] * out_tail[None, :]
             i, f, g, o = split_head(head)
@@ -241,7 +280,8 @@ def backward_kernel(
             h1 = load_plane(slot, 0, True)
             c1 = load_plane(slot, 1, True)
             h1_tail, c1_tail, d_above_tail, _ = load_tails(slot, True)
-            head, tail, rest = layer_1(grad, h1, h1_tail, w0, w1, vectors, threshold, p, exp_p, LOG, 3)
+            rest, head, tail = first_inputs(grad, h1_tail, vectors, threshold, p, exp_p, LOG)
+            head, tail = _gates_1(h1, rest, w0, w1, head, tail)
             d_h += load_plane(slot, 2, True)
             d_h_tail += d_above_tail
             i, f, g, o = split_head(head)

@@ -45,10 +45,13 @@ def inverse(x):
 
 
 @triton.jit
-def half_parts(x):
-    """``(high, low)`` in float16 whose sum is ``x`` to 22 bits."""
+def half_parts(x, LOW_SCALE: tl.constexpr = 1.0):
+    """``(high, low)`` in float16 with ``high + low / LOW_SCALE`` equal to ``x`` to 22 bits.
+
+    Unscaled, the low part of a number below 2^-3 is subnormal, and the error no smaller than 2^-25.
+    """
     high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
+    return high, ((x - high.to(tl.float32)) * LOW_SCALE).to(tl.float16)
 
 
 @triton.jit

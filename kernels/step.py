@@ -11,11 +11,8 @@ _PACKED = tl.constexpr(5 * 1024)
 
 
 @triton.jit
-def layer_1(grad, h, h_tail, w0, w1, vectors, threshold, p, exp_p, LOG: tl.constexpr, TERMS: tl.constexpr):
-    """Gates of layer 1 before their nonlinearity: head ``[64, 64]`` and tail ``[64, 16]``, and the joined inputs.
-
-    ``TERMS`` of :func:`product` is for ``h``.
-    """
+def first_inputs(grad, h1_tail, vectors, threshold, p, exp_p, LOG: tl.constexpr):
+    """Layer 1's inputs but for ``h1`` of units 0 to 15, and what its gates start from: head and tail."""
     if LOG:
         x1, x2 = features(grad, threshold, p, exp_p)
         head = tl.zeros((64, 64), tl.float32)
@@ -27,46 +24,40 @@ def layer_1(grad, h, h_tail, w0, w1, vectors, threshold, p, exp_p, LOG: tl.const
         grad += grad * 0.0  # infinite becomes NaN
         head = grad[:, None] * tl.load(vectors + 32 + tl.arange(0, 64))[None, :]
         tail = grad[:, None] * tl.load(vectors + 96 + tl.arange(0, 16))[None, :]
-    rest = inputs_1(h_tail, x1, x2)
-    # A logarithm may be as large as 89 / p.
-    head = product(rest, w1[0], w1[1], product(h, w0[0], w0[1], head, TERMS), 4 if LOG else 3)
-    tail = product(rest, w1[2], w1[3], product(h, w0[2], w0[3], tail, TERMS), 4 if LOG else 3)
-    return head, tail, rest
+    return inputs_1(h1_tail, x1, x2), head, tail
 
 
 @triton.jit
-def layer_2(h1, h1_tail, h2, h2_tail, w2, w3, w4, TERMS: tl.constexpr):
-    """Gates of layer 2 before their nonlinearity, and the joined inputs."""
-    head = tl.zeros((64, 64), tl.float32)
-    tail = tl.zeros((64, 16), tl.float32)
-    rest = inputs_2(h1_tail, h2_tail)
-    head = product(rest, w4[0], w4[1], product(h1, w2[0], w2[1], product(h2, w3[0], w3[1], head, TERMS), 3), 3)
-    tail = product(rest, w4[2], w4[3], product(h1, w2[2], w2[3], product(h2, w3[2], w3[3], tail, TERMS), 3), 3)
-    return head, tail, rest
+def next_state(head, tail, c, c_tail):
+    """A layer's state ``(h', h' tail, c', c' tail)`` from its gates."""
+    i, f, g, o = split_head(head)
+    c, h = cell(i, f, g, o, c)
+    i, f, g, o = split_tail(tail)
+    c_tail, h_tail = cell(i, f, g, o, c_tail)
+    return h, h_tail, c, c_tail
 
 
 @triton.jit
 def advance_1(
     grad, h1, h1_tail, c1, c1_tail, w0, w1, vectors, threshold, p, exp_p, LOG: tl.constexpr, TERMS: tl.constexpr
 ):
-    """Layer 1's state after ``grad [64]``."""
-    head, tail, _ = layer_1(grad, h1, h1_tail, w0, w1, vectors, threshold, p, exp_p, LOG, TERMS)
-    i, f, g, o = split_head(head)
-    c1, h1 = cell(i, f, g, o, c1)
-    i, f, g, o = split_tail(tail)
-    c1_tail, h1_tail = cell(i, f, g, o, c1_tail)
-    return h1, h1_tail, c1, c1_tail
+    """Layer 1's state after ``grad [64]``; ``TERMS`` of :func:`product` is for ``h1``."""
+    rest, head, tail = first_inputs(grad, h1_tail, vectors, threshold, p, exp_p, LOG)
+    # A logarithm may be as large as 89 / p.
+    head = product(rest, w1[0], w1[1], product(h1, w0[0], w0[1], head, TERMS), 4 if LOG else 3)
+    tail = product(rest, w1[2], w1[3], product(h1, w0[2], w0[3], tail, TERMS), 4 if LOG else 3)
+    return next_state(head, tail, c1, c1_tail)
 
 
 @triton.jit
 def advance_2(h1, h1_tail, h2, h2_tail, c2, c2_tail, w2, w3, w4, TERMS: tl.constexpr):
-    """Layer 2's state after layer 1 has come to ``h1``."""
-    head, tail, _ = layer_2(h1, h1_tail, h2, h2_tail, w2, w3, w4, TERMS)
-    i, f, g, o = split_head(head)
-    c2, h2 = cell(i, f, g, o, c2)
-    i, f, g, o = split_tail(tail)
-    c2_tail, h2_tail = cell(i, f, g, o, c2_tail)
-    return h2, h2_tail, c2, c2_tail
+    """Layer 2's state after layer 1 has come to ``h1``; ``TERMS`` is for ``h2``."""
+    rest = inputs_2(h1_tail, h2_tail)
+    head = tl.zeros((64, 64), tl.float32)
+    tail = tl.zeros((64, 16), tl.float32)
+    head = product(rest, w4[0], w4[1], product(h1, w2[0], w2[1], product(h2, w3[0], w3[1], head, TERMS), 3), 3)
+    tail = product(rest, w4[2], w4[3], product(h1, w2[2], w2[3], product(h2, w3[2], w3[3], tail, TERMS), 3), 3)
+    return next_state(head, tail, c2, c2_tail)
 
 
 @triton.jit

@@ -267,6 +267,9 @@ def test_other_devices_fall_back_or_raise(
 def test_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     unavailable = triton.BACKEND.unavailable
     assert "float64" in str(unavailable(CPU, torch.float64, SPEC))
+    assert "p=0.001) a feature may be too large" in str(
+        unavailable(CPU, torch.float32, RuleSpec(preprocess=LogAndSign(0.001)))
+    )
     assert "20 hidden units, not 7" in str(unavailable(CPU, torch.float32, RuleSpec(hidden_size=7)))
     assert "not on meta" in str(unavailable(torch.device("meta"), torch.float32, SPEC))
     assert "there is no CUDA device" in str(unavailable(CUDA, torch.float32, SPEC)) or torch.cuda.is_available()

@@ -26,6 +26,7 @@ except ImportError as error:  # not installed: torch's builds without CUDA do no
     _IMPORT_ERROR = str(error)
 
 _HIDDEN_SIZE = 20
+_SMALLEST_P = 0.01  # the logarithm of a float32 number is at most 104
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -204,6 +205,10 @@ class TritonBackend:
             return f"its arithmetic is float32, which would lose digits of {dtype}"
         if spec.hidden_size != _HIDDEN_SIZE:
             return f"it is built for {_HIDDEN_SIZE} hidden units, not {spec.hidden_size}"
+        if 0 < spec.log_p < _SMALLEST_P:
+            return (
+                f"with LogAndSign(p={spec.log_p}) a feature may be too large for float16; it takes {_SMALLEST_P} and up"
+            )
         return None
 
     def prepare(self, spec: RuleSpec, weights_: Tensor) -> Any:
