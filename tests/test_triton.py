@@ -142,8 +142,8 @@ def test_groups_keep_their_tables(training: Any) -> None:
 
 def test_tables_do_not_pile_up(training: Any) -> None:
     prepared = training[-1]
-    alive = [[torch.empty(size) for size in (3 + i % 100, 4)] for i in range(3 * prepared._LIMIT)]
-    for group in alive + alive[-100:]:
+    alive = [[torch.empty(size) for size in (3 + i % 300, 4)] for i in range(3 * prepared._LIMIT)]
+    for group in alive + alive[-300:]:
         assert prepared.table(group).tiles.count == sum(-(-param.numel() // 64) for param in group)
     assert len(prepared._tables) == len(prepared._tiles) == prepared._LIMIT
 
@@ -171,6 +171,45 @@ def test_a_gradient_of_another_size_is_refused(training: Any) -> None:
     with pytest.raises(RuntimeError, match="another size than its parameter"):
         triton.BACKEND.step_(SPEC, prepared, params, grads, states)
     assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+
+
+def test_a_tensor_without_memory_is_refused(training: Any) -> None:
+    params, grads, states, prepared = training
+    before = [param.clone() for param in params]
+    grads[2] = grads[2].clone()
+    grads[2].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"Tensor of shape \(130,\) has no memory of its own.*'reference'"):
+        triton.BACKEND.step_(SPEC, prepared, params, grads, states)
+    assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+
+
+def test_parameters_that_share_memory_are_refused(training: Any) -> None:
+    """The interpreter updates them one after the other, a device at the same time."""
+    params, grads, states, prepared = training
+    params[1] = params[0][5:6]
+    with pytest.raises(ValueError, match="two parameters share memory"):
+        triton.BACKEND.step_(SPEC, prepared, params, grads, states)
+
+
+def test_a_gradient_on_another_device_is_refused(training: Any) -> None:
+    params, grads, states, prepared = training
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    grads[1] = grads[1].as_subclass(Elsewhere)
+    with pytest.raises(RuntimeError, match="is on cuda:1, its parameter's step runs on cpu"):
+        triton.BACKEND.step_(SPEC, prepared, params, grads, states)
+
+
+def test_a_default_device_changes_nothing(training: Any) -> None:
+    params, grads, states, prepared = training
+    torch.set_default_device("meta")
+    try:
+        triton.BACKEND.step_(SPEC, prepared, params, grads, states)
+    finally:
+        torch.set_default_device(None)
+    assert all(param.device == CPU for param in params)
 
 
 # Packed forms

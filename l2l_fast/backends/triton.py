@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -70,11 +71,12 @@ class _Tiles:
     """Which tile belongs to which tensor, on the device: int32 ``[n_tiles, 2]``, tensor and tile within it."""
 
     def __init__(self, sizes: tuple[int, ...], device: torch.device) -> None:
-        tiles = torch.tensor([-(-size // tile.TILE) for size in sizes])
+        # Said each time, for a global default device would be taken otherwise.
+        tiles = torch.tensor([-(-size // tile.TILE) for size in sizes], device="cpu")
         tensor_of = torch.repeat_interleave(tiles)
         first_of = tiles.cumsum(0) - tiles
         self.count = len(tensor_of)
-        within = torch.arange(self.count) - first_of[tensor_of]
+        within = torch.arange(self.count, device="cpu") - first_of[tensor_of]
         self.tiles = torch.stack([tensor_of, within], dim=1).int().to(device)
 
 
@@ -97,27 +99,60 @@ class _Table:
     def _set_aside(self) -> None:
         """Allocate, while that is allowed, what captures will need: tables, and pinned memory to copy them from."""
         shape = (_CAPTURES, len(self._sizes), 4)
-        self._spare_host = torch.empty(shape, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        pin = self._device.type == "cuda"
+        self._spare_host = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=pin)
         self._spare = torch.empty(shape, dtype=torch.int64, device=self._device)
         self._used = 0
 
     def _host_rows(self, addresses: list[int]) -> Tensor:
         count = len(self._sizes)
         columns = (addresses[:count], addresses[count : 2 * count], addresses[2 * count :], self._sizes)
-        return torch.tensor(columns, dtype=torch.int64).t().contiguous()
+        return torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous()
+
+    def _check(self, params: list[Tensor], grads: list[Tensor], states: list[Tensor]) -> None:
+        """Refuse what the kernel, which trusts addresses, would fault on or race over."""
+        spans = []
+        for tensors in (params, grads, states):
+            for tensor in tensors:
+                if not tensor.numel():
+                    continue
+                start = tensor.data_ptr()
+                if start == 0:
+                    raise ValueError(
+                        f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} has no memory of its own, so "
+                        "backend 'triton' can't read it; take backend='reference'"
+                    )
+                if tensor.device != self._device:
+                    raise RuntimeError(
+                        f"a tensor of shape {tuple(tensor.shape)} is on {tensor.device}, its parameter's step runs on "
+                        f"{self._device}; keep parameters and gradients on one device"
+                    )
+                if tensors is not grads:
+                    spans.append((start, start + tensor.numel() * tensor.element_size()))
+        spans.sort()
+        for (_, end), (start, _) in pairwise(spans):
+            if start < end:
+                raise ValueError(
+                    "two parameters share memory, and the device would update them at the same time; make one of them "
+                    "a copy, or take backend='reference'"
+                )
 
     def rows(self, params: list[Tensor], grads: list[Tensor], states: list[Tensor]) -> Tensor:
         """int64 ``[tensors, 4]``: addresses of parameter, gradient and state, and the number of coordinates.
 
         Raises:
-            RuntimeError: if captures since the last step outside of one have used up what was set aside for them.
+            ValueError: if a tensor has no memory of its own, or two parameters share theirs.
+            RuntimeError: if a tensor is on another device, or captures since the last step outside of one have used
+                up what was set aside for them.
         """
         addresses = [tensor.data_ptr() for tensors in (params, grads, states) for tensor in tensors]
         if _capturing(self._device):
+            self._check(params, grads, states)
             return self._rows_for_graph(addresses)
         if 2 * self._used > _CAPTURES:
             self._set_aside()
         if addresses != self._addresses:
+            self._check(params, grads, states)
             host = self._host_rows(addresses)
             # Pinned memory that a copy still reads is not given out again before the copy is over.
             self._rows.copy_(host.pin_memory() if self._device.type == "cuda" else host, non_blocking=True)
@@ -144,7 +179,7 @@ class _Table:
 class _Prepared:
     """A rule's weights in the kernels' form, and the tables of the tensors that are updated with them."""
 
-    _LIMIT = 64  # parameter groups of an optimizer, with room for parameters that move
+    _LIMIT = 256  # parameter groups of an optimizer, with room for parameters that move
 
     def __init__(self, packed: Any) -> None:
         self.weights = packed
@@ -155,8 +190,10 @@ class _Prepared:
         """That of ``params``; a group is known by the sizes of its tensors and where the first of them lies."""
         sizes = tuple([param.numel() for param in params])
         key = (params[0].data_ptr(), sizes)
-        table = self._tables.get(key)
-        if table is None:
+        table = self._tables.pop(key, None)
+        if table is not None:
+            self._tables[key] = table  # the last used is the last to go
+        else:
             device = params[0].device
             if _capturing(device):
                 raise RuntimeError(
@@ -177,7 +214,7 @@ def _keep(cache: dict[_K, _V], key: _K, value: _V, limit: int) -> _V:
 
 def _preprocessing(spec: RuleSpec) -> tuple[float, float, float]:
     """What the kernels take of :class:`LogAndSign`: the threshold ``exp(-p)``, ``p`` and ``exp(p)``."""
-    return math.exp(-spec.log_p), spec.log_p, math.exp(spec.log_p)
+    return math.exp(-spec.log_p), float(spec.log_p), math.exp(spec.log_p)
 
 
 class TritonBackend:
