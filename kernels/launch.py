@@ -55,6 +55,7 @@ def backward_config(capability: int) -> LaunchConfig:
 
     Left alone it takes all 255 registers of a thread, which leaves 8 warps per multiprocessor to hide the latency of
     its matrix products. On 9.0, with 168 there are 12, for 6 % more instructions and twice the spills, which the first
-    cache is too small for beside 53 KB of shared memory per program: to be decided on a device. Elsewhere 86 KB of shared memory keep a second program out.
+    cache is too small for beside 53 KB of shared memory per program: to be decided on a device. Elsewhere 86 KB of
+    shared memory keep a second program out.
     """
     return LaunchConfig(programs_per_sm=3, maxnreg=168) if capability == 90 else LaunchConfig(programs_per_sm=1)
