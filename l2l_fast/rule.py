@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_fast import autograd
+from l2l_fast import autograd, sonnet
 from l2l_fast.files import load_tensors, save_atomically
 from l2l_fast.spec import Preprocess, RuleSpec
 
@@ -123,6 +123,41 @@ class CoordinatewiseLSTM(nn.Module):
             rule = cls(spec.hidden_size, spec.preprocess, spec.output_scale)
         rule.load_tensors(tensors, source=os.fspath(path))
         rule.card = card
+        return rule
+
+    @classmethod
+    def from_sonnet(
+        cls,
+        weights: Mapping[str, Any],
+        preprocess: Preprocess | None = sonnet.PUBLISHED.preprocess,
+        output_scale: float = sonnet.PUBLISHED.output_scale,
+    ) -> CoordinatewiseLSTM:
+        """The rule that a network of the code published with the paper computes, on the CPU.
+
+        Files are not read, for they are pickles. Where that code runs, ``saved = networks.save(net, session)`` has the
+        arrays and ``numpy.savez("cw.npz", **{m + "/" + v: a for m, d in saved.items() for v, a in d.items()})`` writes
+        them; ``numpy.load("cw.npz")`` is then what to pass here.
+
+        Args:
+            weights: arrays or tensors ``lstm_1/w_gates [F + H, 4H]``, ``lstm_1/b_gates [4H]``,
+                ``lstm_2/w_gates [2H, 4H]``, ``lstm_2/b_gates [4H]``, ``linear/w [H, 1]`` and ``linear/b [1]``; flat or
+                nested, under any scope (``cw/lstm_1/w_gates:0``). All float64 make a float64 rule, else it is float32.
+            preprocess: that of the network, with its ``k`` as ``p``; ``None`` for the gradient itself.
+            output_scale: its ``scale``. Defaults are those of its networks for MNIST and CIFAR-10; that for
+                quadratics has ``preprocess=None, output_scale=1.0``.
+
+        Raises:
+            TypeError: if a weight is no floating-point array, or ``preprocess`` or ``output_scale`` has the wrong kind.
+            ValueError: if a name is missing, unexpected or there twice, a shape does not fit the others or
+                ``preprocess``, or a weight is not finite.
+
+        Source: google-deepmind/learning-to-learn, ``CoordinateWiseDeepLSTM``. Its log feature is
+        ``max(log(|g| + eps) / k, -1)`` with float32's ``eps``: above ours by at most ``eps exp(k) / k``, 3.54e-6 for 5.
+        """
+        spec, tensors = sonnet.from_sonnet(weights, preprocess, output_scale)
+        with torch.device("meta"):  # the weights are there already
+            rule = cls(spec.hidden_size, spec.preprocess, spec.output_scale)
+        rule.load_tensors(tensors, source="the Sonnet network")
         return rule
 
     def load_tensors(self, tensors: Mapping[str, Tensor], *, source: str) -> None:
