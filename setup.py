@@ -13,6 +13,7 @@ PACKAGES = [
     "l2l_fast",
     "l2l_fast.backends",
     "l2l_fast.cli",
+    "l2l_fast.datasets",
     "l2l_fast.experiments",
     "l2l_fast.kernels",
     "l2l_fast.meta",
