@@ -102,6 +102,7 @@ def _unroll_loss(
     params: Tensor,
     state: Tensor | None,
     grads: Tensor,
+    d_points: Tensor | None,
     loss_weights: Tensor,
     hidden_size: int,
     log_p: float,
@@ -118,6 +119,7 @@ def _(
     params: Tensor,
     state: Tensor | None,
     grads: Tensor,
+    d_points: Tensor | None,
     loss_weights: Tensor,
     hidden_size: int,
     log_p: float,
@@ -132,6 +134,7 @@ def _unroll_backward(
     weights: Tensor,
     state: Tensor | None,
     grads: Tensor,
+    d_points: Tensor | None,
     loss_weights: Tensor,
     need_d_state: bool,
     hidden_size: int,
@@ -141,7 +144,7 @@ def _unroll_backward(
 ) -> tuple[Tensor, Tensor]:
     spec = _spec(hidden_size, log_p, output_scale)
     chosen = resolve(backend, grads.device, weights.dtype, spec)
-    d_weights, d_state = chosen.unroll_backward(spec, weights, grads, loss_weights, state, need_d_state)
+    d_weights, d_state = chosen.unroll_backward(spec, weights, grads, loss_weights, state, need_d_state, d_points)
     return d_weights, weights.new_empty(0) if d_state is None else d_state
 
 
@@ -150,6 +153,7 @@ def _(
     weights: Tensor,
     state: Tensor | None,
     grads: Tensor,
+    d_points: Tensor | None,
     loss_weights: Tensor,
     need_d_state: bool,
     hidden_size: int,
@@ -163,24 +167,24 @@ def _(
 
 
 def _unroll_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weights, _, state, grads, loss_weights, *ctx.options = inputs
-    ctx.save_for_backward(weights, state, grads, loss_weights)
+    _, weights, _, state, grads, d_points, loss_weights, *ctx.options = inputs
+    ctx.save_for_backward(weights, state, grads, d_points, loss_weights)
 
 
 def _unroll_vjp(ctx: Any, d_loss: Tensor) -> tuple[Any, ...]:
-    weights, state, grads, loss_weights = ctx.saved_tensors
+    weights, state, grads, d_points, loss_weights = ctx.saved_tensors
     _, need_weights, need_params, need_state, *_ = ctx.needs_input_grad
     d_weights = d_params = d_state = None
     if need_weights or need_state:
         d_weights, d_state = torch.ops.l2l_fast.unroll_backward(
-            weights, state, grads, loss_weights, need_state, *ctx.options
+            weights, state, grads, d_points, loss_weights, need_state, *ctx.options
         )
         d_weights = d_loss * d_weights
         d_state = d_loss * d_state if need_state else None
     if need_params:
         # Every update is added to the parameters, so they move all later points one to one.
-        d_params = d_loss * (loss_weights.to(grads) @ grads)
-    return None, d_weights, d_params, d_state, None, None, None, None, None, None
+        d_params = d_loss * (loss_weights.to(grads) @ (grads if d_points is None else d_points))
+    return None, d_weights, d_params, d_state, None, None, None, None, None, None, None
 
 
 _unroll_loss.register_autograd(_unroll_vjp, setup_context=_unroll_context)
@@ -205,6 +209,7 @@ def unroll_loss(
     params: Tensor,
     state: Tensor | None,
     grads: Tensor,
+    d_points: Tensor | None,
     loss_weights: Tensor,
     backend: str | None,
 ) -> Tensor:
@@ -215,8 +220,9 @@ def unroll_loss(
         weights: ``[P]``.
         params: ``[N]``, parameters before the first step (only their gradient is of interest).
         state: ``[N, 2, 2, H]`` before the first step, or ``None`` for zeros.
-        grads: ``[T + 1, N]``, gradient of the loss at every point visited.
-        loss_weights: ``[T + 1]`` on the CPU, weight of each loss in ``loss``.
+        grads: ``[T + 1, N]``, gradient of the loss at every point visited, as the rule saw it.
+        d_points: ``[T + 1, N]``, derivative of each term of ``loss`` by its point; ``None`` if it is ``grads``.
+        loss_weights: ``[T + 1]`` on the CPU, weight of each term in ``loss``.
     """
     result: Tensor = torch.ops.l2l_fast.unroll_loss(
         loss,
@@ -224,6 +230,7 @@ def unroll_loss(
         params,
         state,
         grads,
+        d_points,
         loss_weights,
         spec.hidden_size,
         spec.log_p,

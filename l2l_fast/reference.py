@@ -139,21 +139,28 @@ def step_backward(
 
 
 def unroll_backward(
-    spec: RuleSpec, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor
+    spec: RuleSpec,
+    weights: Tensor,
+    grads: Tensor,
+    loss_weights: Tensor,
+    state: Tensor,
+    d_points: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """First-order meta-gradient of a whole unroll: ``(d_weights [P], d_state [N, 2, 2, H])``.
 
     The gradients that enter the LSTM count as constants, so the derivative by the update of step
-    ``t`` is ``sum_{s > t} loss_weights[s] * grads[s]`` and nothing of the optimizee is needed.
+    ``t`` is ``sum_{s > t} loss_weights[s] * d_points[s]`` and nothing of the optimizee is needed.
 
     Args:
         grads: ``[T + 1, N]``, gradient of the loss at every point visited, the last one included.
-        loss_weights: ``[T + 1]``, weight of each loss in the meta-loss.
+        loss_weights: ``[T + 1]``, weight of each point in the meta-loss.
         state: ``[N, 2, 2, H]``, state before the first step.
+        d_points: ``[T + 1, N]``, derivative of each term of the meta-loss by its point; ``None`` if it is ``grads``.
 
     Source: Andrychowicz et al. 2016, section 2.1 (the dashed edges of figure 2).
     """
     grads, loss_weights = grads.to(weights.dtype), loss_weights.to(weights.dtype)
+    d_points = grads if d_points is None else d_points.to(weights.dtype)
     states = [state.to(weights.dtype)]
     for grad in grads[:-2]:
         states.append(step(spec, weights, grad, states[-1])[1])
@@ -161,7 +168,7 @@ def unroll_backward(
     d_update = torch.zeros_like(grads[0])
     d_state = torch.zeros_like(states[0])
     for t in reversed(range(grads.shape[0] - 1)):
-        d_update = d_update + loss_weights[t + 1] * grads[t + 1]
+        d_update = d_update + loss_weights[t + 1] * d_points[t + 1]
         d_step, _, d_state = step_backward(spec, weights, grads[t], states[t], d_update, d_state)
         d_weights += d_step
     return d_weights, d_state

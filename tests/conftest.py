@@ -142,10 +142,11 @@ class OnDevice:
         loss_weights: Tensor,
         state: Tensor | None,
         need_d_state: bool = True,
+        d_points: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        start = None if state is None else self._there(state)
+        start, d_points = (None if tensor is None else self._there(tensor) for tensor in (state, d_points))
         d_weights, d_state = self.inner.unroll_backward(
-            spec, self._there(weights), self._there(grads), loss_weights, start, need_d_state
+            spec, self._there(weights), self._there(grads), loss_weights, start, need_d_state, d_points
         )
         return d_weights.cpu(), None if d_state is None else d_state.cpu()
 

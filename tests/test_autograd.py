@@ -172,7 +172,7 @@ def test_unroll_loss_equals_autograd(spec: RuleSpec, with_state: bool, generator
     total, grads = _unrolled_by_autograd(spec, weights, params, start, loss_weights)
     expected = torch.autograd.grad(3 * total, inputs)
 
-    loss = autograd.unroll_loss(spec, total.detach(), weights, params, start, grads, loss_weights, "reference")
+    loss = autograd.unroll_loss(spec, total.detach(), weights, params, start, grads, None, loss_weights, "reference")
     assert loss.item() == total.item()
     torch.testing.assert_close(torch.autograd.grad(3 * loss, inputs), expected, rtol=1e-10, atol=1e-12)
 
@@ -184,7 +184,9 @@ def test_unroll_loss_gives_every_gradient_that_is_wanted(backend: Backend, wante
     inputs = weights, params, start = weights.clone(), torch.zeros(33), state.clone()
     for tensor, want in zip(inputs, wanted, strict=True):
         tensor.requires_grad_(want)
-    loss = autograd.unroll_loss(SPEC, torch.tensor(2.5), weights, params, start, grads, loss_weights, backend.name)
+    loss = autograd.unroll_loss(
+        SPEC, torch.tensor(2.5), weights, params, start, grads, None, loss_weights, backend.name
+    )
     assert loss.item() == 2.5
     (3 * loss).backward()  # type: ignore[no-untyped-call]
     d_weights, d_state = autograd_of_unroll(SPEC, weights.detach(), grads, loss_weights, state)
@@ -211,16 +213,16 @@ def _operator_calls(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "step_backward": (ops.step_backward.default, (*step, *options)),
         "unroll_loss": (
             ops.unroll_loss.default,
-            (torch.tensor(1.0), *wanting[3:], grads, loss_weights, *options),
+            (torch.tensor(1.0), *wanting[3:], grads, None, loss_weights, *options),
         ),
         "unroll_loss from zeros": (
             ops.unroll_loss.default,
-            (torch.tensor(1.0), *wanting[3:5], None, grads, loss_weights, *options),
+            (torch.tensor(1.0), *wanting[3:5], None, grads, grads.flip(0), loss_weights, *options),
         ),
-        "unroll_backward": (ops.unroll_backward.default, (weights, state, grads, loss_weights, True, *options)),
+        "unroll_backward": (ops.unroll_backward.default, (weights, state, grads, None, loss_weights, True, *options)),
         "unroll_backward from zeros": (
             ops.unroll_backward.default,
-            (weights, None, grads, loss_weights, True, *options),
+            (weights, None, grads, grads.flip(0), loss_weights, True, *options),
         ),
     }
 

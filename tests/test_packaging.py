@@ -89,7 +89,17 @@ def test_kernels_are_importable_under_their_name() -> None:
 
 def test_import_is_light() -> None:
     """The library neither loads a compiled kernel before it is needed nor what only the command line uses."""
-    heavy = ["triton", "l2l_fast._C", "l2l_fast.kernels", "typer", "rich", "matplotlib", "optuna", "l2l_fast.cli"]
+    heavy = [
+        "triton",
+        "l2l_fast._C",
+        "l2l_fast.kernels",
+        "typer",
+        "rich",
+        "matplotlib",
+        "optuna",
+        "sklearn",
+        "l2l_fast.cli",
+    ]
     code = f"import sys, l2l_fast; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

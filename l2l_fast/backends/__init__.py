@@ -91,14 +91,16 @@ class Backend(Protocol):
         loss_weights: Tensor,
         state: Tensor | None,
         need_d_state: bool = True,
+        d_points: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """First-order meta-gradient of an unroll: ``(d_weights [P], d_state)``.
 
         Args:
-            grads: ``[T + 1, N]``, gradient of the loss at every point visited.
-            loss_weights: ``[T + 1]`` on the CPU, weight of each loss in the meta-loss.
+            grads: ``[T + 1, N]``, gradient of the loss at every point visited, as the rule saw it.
+            loss_weights: ``[T + 1]`` on the CPU, weight of each point in the meta-loss.
             state: ``[N, 2, 2, H]`` before the first step, or ``None`` for zeros; then ``d_state`` is ``None``.
             need_d_state: ``False`` leaves ``d_state`` out, which saves its memory.
+            d_points: ``[T + 1, N]``, derivative of each term of the meta-loss by its point; ``None`` for ``grads``.
         """
 
 

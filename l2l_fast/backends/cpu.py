@@ -163,6 +163,7 @@ class CPUBackend:
         loss_weights: Tensor,
         state: Tensor | None,
         need_d_state: bool = True,
+        d_points: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         d_weights = _empty(weights)
         d_state = None if state is None or not need_d_state else _empty(state)
@@ -170,7 +171,7 @@ class CPUBackend:
         _C.backward(
             self.prepare(spec, weights),
             _array(grads[:-1]),
-            _array(grads[1:]),
+            _array((grads if d_points is None else d_points)[1:]),
             _array(loss_weights[1:]),
             None if state is None else _array(state),
             None,

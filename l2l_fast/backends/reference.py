@@ -94,11 +94,13 @@ class ReferenceBackend:
         loss_weights: Tensor,
         state: Tensor | None,
         need_d_state: bool = True,
+        d_points: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         start = state
         if start is None:
             start = torch.zeros(grads.shape[1], 2, 2, spec.hidden_size, dtype=weights.dtype, device=weights.device)
-        d_weights, d_state = reference.unroll_backward(spec, weights, grads, loss_weights.to(weights.device), start)
+        loss_weights = loss_weights.to(weights.device)
+        d_weights, d_state = reference.unroll_backward(spec, weights, grads, loss_weights, start, d_points)
         return d_weights, None if state is None or not need_d_state else d_state
 
 

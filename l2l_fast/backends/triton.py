@@ -352,11 +352,13 @@ class TritonBackend:
         loss_weights: Tensor,
         state: Tensor | None,
         need_d_state: bool = True,
+        d_points: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         grads, state = _float32(grads), None if state is None else _float32(state)
+        d_points = grads if d_points is None else _float32(d_points)
         d_state = None if state is None or not need_d_state else torch.empty_like(state)
         point_weights = _float32(loss_weights[1:]).to(grads.device, non_blocking=True)
-        d_weights = self._backward(spec, weights_, grads[:-1], grads[1:], point_weights, state, None, None, d_state)
+        d_weights = self._backward(spec, weights_, grads[:-1], d_points[1:], point_weights, state, None, None, d_state)
         return d_weights, None if d_state is None else d_state.to(weights_.dtype)
 
     def _backward(

@@ -13,6 +13,9 @@ from l2l_fast.datasets.dataset import Dataset as Dataset
 DATASETS: dict[str, Callable[[Path], Dataset]] = {"mnist": mnist.load, "digits": digits.load}
 
 
+FOLDER_VARIABLE = "L2L_FAST_DATA"
+
+
 def load(name: str, folder: str | os.PathLike[str] | None = None) -> Dataset:
     """A data set by name; the same object whenever a process asks for it again, so change nothing in it.
 
@@ -39,4 +42,4 @@ def _load(name: str, folder: Path) -> Dataset:
 
 def _default_folder() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("L2L_FAST_DATA") or Path(cache, "l2l_fast"))
+    return Path(os.environ.get(FOLDER_VARIABLE) or Path(cache, "l2l_fast"))

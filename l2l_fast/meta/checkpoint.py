@@ -29,6 +29,7 @@ class Progress:
         position: steps done of the current run; 0 if the next update starts one.
         skipped, skipped_in_a_row: updates skipped for want of a finite loss and meta-gradient.
         segments, loss_sum, grad_norm_sum: what was summed up since the last validation.
+        running_norm: mean norm of the meta-gradients so far, the latest ones weighted most; 0 before the first.
         best_update: after how many updates the best rule was found.
         history: a row per validation.
     """
@@ -41,6 +42,7 @@ class Progress:
     segments: int = 0
     loss_sum: float = 0.0
     grad_norm_sum: float = 0.0
+    running_norm: float = 0.0
     best_update: int = 0
     history: list[LogRow] = field(default_factory=list)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from l2l_fast.backends import get
+from l2l_fast.meta.objective import Objective
 
 # Fields that may differ when training is resumed: they have no influence on its result.
 FREE_FIELDS = frozenset({"checkpoint_every", "max_seconds"})
@@ -28,9 +29,17 @@ class TrainConfig:
         batch_size: instances of a run.
         lr: learning rate of Adam at the first update.
         final_lr_fraction: learning rate at the last update as a fraction of ``lr``; exponential in between.
+        warmup: updates over which the learning rate rises linearly to what it would be without them.
         clip: greatest global norm of the meta-gradient; a longer one is scaled down. ``None`` never does.
+        clip_ratio: greatest norm of the meta-gradient, relative to the running mean of the norms so far.
+        average: decay of the exponential average of the rule's weights that is validated and kept as the best rule;
+            ``None`` takes the weights themselves.
+        objective: ``"loss"``, or ``"log"`` to train on ``log f``, for problems with positive losses.
         second_derivatives: differentiate through the gradients of the instances as well.
+        coordinate_fraction: share of the coordinates that enter a meta-gradient, see :func:`unroll`.
         loss_weights: weight of the loss at each of the ``horizon + 1`` points of a run; ``None`` is 1 for each.
+        loss_power: in place of ``loss_weights``, weights ``(power + 1) (t / horizon) ** power``: with 0 every point
+            counts alike, the higher the more the end of the run does.
         validate_every: updates between validations.
         validation_functions: instances to validate on, always the same ones.
         validation_seed: seed that they are drawn from.
@@ -51,9 +60,15 @@ class TrainConfig:
     batch_size: int = 16
     lr: float = 1e-2
     final_lr_fraction: float = 0.03
+    warmup: int = 0
     clip: float | None = 1.0
+    clip_ratio: float | None = None
+    average: float | None = None
+    objective: Objective = "loss"
     second_derivatives: bool = False
+    coordinate_fraction: float = 1.0
     loss_weights: tuple[float, ...] | None = None
+    loss_power: float = 0.0
     validate_every: int = 100
     validation_functions: int = 1024
     validation_seed: int = 2**31
@@ -69,6 +84,7 @@ class TrainConfig:
             ("horizon", 1),
             ("truncation", 1),
             ("batch_size", 1),
+            ("warmup", 0),
             ("validate_every", 1),
             ("validation_functions", 1),
             ("patience", 1),
@@ -80,10 +96,20 @@ class TrainConfig:
         for name in ("seed", "validation_seed"):
             if getattr(self, name) > _GREATEST_SEED:
                 raise ValueError(f"{name} must be at most 2**63 - 1, got {getattr(self, name)}")
-        for name in ("lr", "final_lr_fraction", "clip", "max_seconds"):
+        for name in ("lr", "final_lr_fraction", "clip", "clip_ratio", "average", "coordinate_fraction", "max_seconds"):
             self._check_positive(name)
-        if self.final_lr_fraction > 1:
-            raise ValueError(f"final_lr_fraction must be at most 1, got {self.final_lr_fraction}")
+        for name in ("final_lr_fraction", "coordinate_fraction"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        if self.average is not None and self.average >= 1:
+            raise ValueError(f"average must be below 1, got {self.average}; None takes no average")
+        if self.objective not in get_args(Objective):
+            known = ", ".join(map(repr, get_args(Objective)))
+            raise ValueError(f"unknown objective {self.objective!r}; known objectives: {known}")
+        if self.coordinate_fraction < 1 and self.second_derivatives:
+            raise ValueError("second derivatives need every coordinate; set coordinate_fraction to 1")
+        if not (math.isfinite(self.loss_power) and self.loss_power >= 0):
+            raise ValueError(f"loss_power must be finite and not negative, got {self.loss_power}")
         if self.truncation > self.horizon:
             raise ValueError(
                 f"truncation must be at most the horizon of {self.horizon} steps, got {self.truncation}; "
@@ -92,6 +118,8 @@ class TrainConfig:
         if self.seed == self.validation_seed:
             raise ValueError(f"seed and validation_seed are both {self.seed}: validation would see training instances")
         if self.loss_weights is not None:
+            if self.loss_power:
+                raise ValueError("loss_weights and loss_power are two ways to say the same; give one of them")
             object.__setattr__(self, "loss_weights", tuple(map(float, self.loss_weights)))
             self._check_loss_weights()
         if self.backend is not None:
@@ -110,7 +138,7 @@ class TrainConfig:
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
-        if value is None and name in ("clip", "max_seconds"):
+        if value is None and name in ("clip", "clip_ratio", "average", "max_seconds"):
             return
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} must be a number, got {value!r}")
@@ -129,7 +157,14 @@ class TrainConfig:
 
     def lr_at(self, update: int) -> float:
         """Learning rate of the update after ``update`` others."""
-        return self.lr * math.pow(self.final_lr_fraction, update / max(1, self.updates - 1))
+        warm = min(1.0, (update + 1) / (self.warmup + 1))
+        return warm * self.lr * math.pow(self.final_lr_fraction, update / max(1, self.updates - 1))
+
+    def weights_between(self, first: int, last: int) -> list[float]:
+        """Weights of the points ``first`` to ``last`` of a run, both included."""
+        if self.loss_weights is not None:
+            return list(self.loss_weights[first : last + 1])
+        return [(self.loss_power + 1) * math.pow(t / self.horizon, self.loss_power) for t in range(first, last + 1)]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-compatible values."""

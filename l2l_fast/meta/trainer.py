@@ -23,10 +23,12 @@ from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent, write_log
 from l2l_fast.meta.unroll import unroll
-from l2l_fast.problems import Instances, Problem
+from l2l_fast.problems import Evaluates, Instances, Problem
 from l2l_fast.rule import CoordinatewiseLSTM
 
 MAX_SKIPPED_IN_A_ROW = 100
+
+_NORM_DECAY = 0.95  # of the running mean of gradient norms
 
 CHECKPOINT, BEST, LOG, SUMMARY = "checkpoint.safetensors", "best.safetensors", "log.csv", "summary.json"
 
@@ -110,6 +112,8 @@ class MetaTrainer:
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self._progress = Progress()
         self._run: _Run | None = None
+        # What is validated: the rule itself, or a copy with the average of its weights.
+        self._judged = rule if self.config.average is None else copy.deepcopy(rule)
         self._best = _copy_weights(rule)
         # Taken now: a problem may change while it is sampled from.
         self._about = checkpoint.describe(rule, problem, self.config)
@@ -192,7 +196,6 @@ class MetaTrainer:
         if self._run is None:
             self._run = self._start_run()
         steps = min(config.truncation, config.horizon - progress.position)
-        weights = config.loss_weights
         segment = unroll(
             self.rule,
             self._run.instances,
@@ -200,8 +203,10 @@ class MetaTrainer:
             params=self._run.params,
             state=self._run.state,
             generator=self._generator,
-            loss_weights=None if weights is None else weights[progress.position : progress.position + steps + 1],
+            loss_weights=config.weights_between(progress.position, progress.position + steps),
+            objective=config.objective,
             second_derivatives=config.second_derivatives,
+            coordinate_fraction=config.coordinate_fraction,
             backend=config.backend,
         )
         self._optimizer.zero_grad()
@@ -212,10 +217,12 @@ class MetaTrainer:
         progress.updates += 1
         progress.position += steps
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            if config.clip is not None and grad_norm > config.clip:
-                clip_grads_with_norm_(self._weights, config.clip, norm)
+            limit = self._norm_limit(grad_norm)
+            if grad_norm > limit:
+                clip_grads_with_norm_(self._weights, limit, norm)
             self._optimizer.param_groups[0]["lr"] = lr
             self._optimizer.step()
+            self._take_average()
             progress.skipped_in_a_row = 0
             progress.segments += 1
             progress.loss_sum += loss
@@ -225,6 +232,26 @@ class MetaTrainer:
         if progress.position >= config.horizon:
             self._run, progress.position = None, 0
         return lr, loss, grad_norm
+
+    def _norm_limit(self, grad_norm: float) -> float:
+        """The greatest norm that a meta-gradient of ``grad_norm`` may keep; the running mean takes it in."""
+        config, progress = self.config, self._progress
+        limit = math.inf if config.clip is None else config.clip
+        running = progress.running_norm or grad_norm
+        if config.clip_ratio is not None:
+            limit = min(limit, config.clip_ratio * running)
+        progress.running_norm = _NORM_DECAY * running + (1 - _NORM_DECAY) * min(grad_norm, limit)
+        return limit
+
+    @torch.no_grad()
+    def _take_average(self) -> None:
+        if self.config.average is None:
+            return
+        # Shorter while there is little to average, so that the untrained rule is soon forgotten.
+        updates = self._progress.updates - self._progress.skipped
+        decay = min(self.config.average, updates / (updates + 10))
+        for mean, weight in zip(self._judged.parameters(), self.rule.parameters(), strict=True):
+            mean.lerp_(weight, 1 - decay)
 
     def _skip(self) -> None:
         """Count an update that could not be made, and leave the run that has gone astray."""
@@ -246,16 +273,20 @@ class MetaTrainer:
 
     @torch.no_grad()
     def _validate(self) -> float:
-        """Mean loss of the rule after the last step on the validation instances; a row of the history."""
+        """Mean loss after the last step on the validation instances; a row of the history.
+
+        It is that of the averaged weights, if there are any, and free of minibatch noise where instances allow it.
+        """
         config, progress = self.config, self._progress
         generator = torch.Generator().manual_seed(config.validation_seed)
         instances = self.problem.sample(config.validation_functions, generator=generator, device=self._device)
-        run = unroll(self.rule, instances, config.horizon, generator=generator, backend=config.backend)
-        validation_loss = run.losses[-1].double().mean().item()
+        run = unroll(self._judged, instances, config.horizon, generator=generator, backend=config.backend)
+        losses = instances.evaluate(run.params) if isinstance(instances, Evaluates) else run.losses[-1]
+        validation_loss = losses.double().mean().item()
         if not math.isfinite(validation_loss):
             validation_loss = math.inf
         if not progress.history or validation_loss < progress.best_validation_loss:
-            self._best = _copy_weights(self.rule)
+            self._best = _copy_weights(self._judged)
             progress.best_update = progress.updates
         row = LogRow(
             update=progress.updates,
@@ -327,6 +358,8 @@ class MetaTrainer:
             return
         tensors = {f"rule.{name}": tensor for name, tensor in self.rule.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        if self._judged is not self.rule:
+            tensors |= {f"average.{name}": tensor for name, tensor in self._judged.state_dict().items()}
         for index, entry in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
         tensors["generator.now"] = self._generator.get_state()
@@ -346,6 +379,8 @@ class MetaTrainer:
     def _restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
         self.rule.load_state_dict(checkpoint.select(tensors, "rule."))
         self._best = checkpoint.select(tensors, "best.")
+        if self._judged is not self.rule:
+            self._judged.load_state_dict(checkpoint.select(tensors, "average."))
         entries: dict[int, dict[str, Tensor]] = {}
         for key, tensor in checkpoint.select(tensors, "optimizer.").items():
             index, name = key.split(".")

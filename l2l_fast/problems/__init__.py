@@ -8,12 +8,17 @@ and from nothing else: the same generator state gives the same instances, whatev
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from l2l_fast.problems.classification import ImageClassifier as ImageClassifier
+from l2l_fast.problems.classification import digits, mnist
+from l2l_fast.problems.module import module_problem as module_problem
 from l2l_fast.problems.quadratic import Quadratic as Quadratic
+from l2l_fast.problems.user import load_problem as load_problem
+from l2l_fast.problems.user import parse_settings as parse_settings
 
 
 class Instances(Protocol):
@@ -25,8 +30,17 @@ class Instances(Protocol):
     def loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
         """Loss of every instance ``[batch]``, on a minibatch drawn from ``generator`` where there is data.
 
-        Row ``b`` depends on row ``b`` of the parameters only.
+        Row ``b`` depends on row ``b`` of the parameters only, and the same parameters and generator state give the
+        same loss again.
         """
+
+
+@runtime_checkable
+class Evaluates(Protocol):
+    """Instances that can also say how good parameters are without the noise of minibatches."""
+
+    def evaluate(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Loss of every instance ``[batch]`` on data that are the same at each call; not differentiable."""
 
 
 class Problem(Protocol):
@@ -46,4 +60,4 @@ class Problem(Protocol):
         """``batch_size`` independent instances on ``device``, a function of the state of ``generator`` alone."""
 
 
-PROBLEMS: dict[str, Callable[..., Problem]] = {"quadratic": Quadratic}
+PROBLEMS: dict[str, Callable[..., Problem]] = {"quadratic": Quadratic, "mnist": mnist, "digits": digits}

@@ -1,0 +1,142 @@
+"""Unrolls of a :class:`CoordinatewiseLSTM` on a fused backend: steps in place and without a tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l2l_fast import autograd
+from l2l_fast.backends import Backend, resolve
+from l2l_fast.meta.layout import Layout
+from l2l_fast.meta.objective import MetaLoss
+from l2l_fast.meta.sampling import sample_coordinates
+from l2l_fast.meta.second_order import Tape, second_order_loss
+from l2l_fast.problems import Instances
+from l2l_fast.rule import CoordinatewiseLSTM
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Where a run went: ``losses [T + 1, batch]``, the last point ``theta [N]`` and the packed state there."""
+
+    losses: Tensor
+    theta: Tensor
+    packed: Tensor
+
+
+class FusedUnroll:
+    """The pieces that first- and second-order unrolls share.
+
+    Args:
+        start: ``[N]``, the first point.
+        state: ``[N, 2, 2, H]`` before the first step, or ``None`` for zeros.
+    """
+
+    def __init__(
+        self,
+        rule: CoordinatewiseLSTM,
+        instances: Instances,
+        layout: Layout,
+        start: Tensor,
+        state: Tensor | None,
+        generator: torch.Generator | None,
+        backend: str | None,
+    ) -> None:
+        self.spec = rule.spec
+        self.instances = instances
+        self.layout = layout
+        self.start = start
+        self.state = state
+        self.generator = generator
+        self.weights = rule.flat_weights()
+        self.backend: Backend = resolve(backend, layout.device, layout.dtype, rule.spec)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to take a meta-gradient by."""
+        inputs = (self.weights, self.start, self.state)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+    def roll(self, steps: int, grads: Tensor | None, before_step: Callable[[int, Tensor, Tensor], None]) -> Rollout:
+        """Take the steps.
+
+        Args:
+            grads: ``[steps + 1, N]``, filled with the gradient at every point; ``None`` keeps none, and takes none at
+                the last point.
+            before_step: called with the number of each step, the point and the packed state before it.
+        """
+        spec, layout, chosen = self.spec, self.layout, self.backend
+        prepared = chosen.prepare(spec, self.weights.detach())
+        theta = self.start.detach().clone()
+        if self.state is None:
+            packed = chosen.init_state(layout.n, spec, layout.dtype, layout.device)
+        else:
+            packed = chosen.pack_state(self.state.detach(), layout.dtype)
+        rows = [theta.new_empty(layout.n)] * steps if grads is None else grads.unbind()
+        # Leaves that share theta's memory: each step sees the values that the one before it wrote.
+        params = {name: view.detach().requires_grad_() for name, view in layout.views(theta).items()}
+        leaves = tuple(params.values())
+        ones = theta.new_ones(layout.batch)
+        losses: list[Tensor] = []
+
+        def evaluate(row: Tensor) -> None:
+            loss = self.instances.loss(params, generator=self.generator)
+            layout.check_losses(loss)
+            layout.gather(torch.autograd.grad(loss, leaves, ones, materialize_grads=True), out=row)
+            losses.append(loss.detach())
+
+        with torch.enable_grad():
+            for t in range(steps):
+                before_step(t, theta, packed)
+                evaluate(rows[t])
+                chosen.step_(spec, prepared, [theta], [rows[t]], [packed])
+            if grads is not None:
+                evaluate(rows[steps])
+        if grads is None:
+            with torch.no_grad():
+                losses.append(self.instances.loss(params, generator=self.generator))
+        return Rollout(torch.stack(losses), theta, packed)
+
+    def forward_only(self, steps: int, meta_loss: MetaLoss) -> tuple[Tensor, Rollout]:
+        """Meta-loss and run, where no meta-gradient is wanted."""
+        run = self.roll(steps, None, lambda t, theta, packed: None)
+        return meta_loss.value(run.losses), run
+
+    def first_order(self, steps: int, meta_loss: MetaLoss, coordinate_fraction: float) -> tuple[Tensor, Rollout]:
+        """Meta-loss and run; the backward of all steps is one call."""
+        grads = self.start.new_empty(steps + 1, self.layout.n)
+        run = self.roll(steps, grads, lambda t, theta, packed: None)
+        loss, d_points, state = meta_loss.value(run.losses), self._d_points(grads, run.losses, meta_loss), self.state
+        if coordinate_fraction < 1:
+            every = grads if d_points is None else d_points
+            index, factor = sample_coordinates(every, meta_loss.weights, coordinate_fraction, self.generator)
+            grads, d_points = grads[:, index], every[:, index] * factor.to(every.dtype)
+            state = None if state is None else state.detach()[index]
+        weights = meta_loss.weights.to(self.layout.dtype) / self.layout.batch
+        loss = autograd.unroll_loss(
+            self.spec, loss, self.weights, self.start, state, grads, d_points, weights, self.backend.name
+        )
+        return loss, run
+
+    def second_order(self, steps: int, meta_loss: MetaLoss) -> tuple[Tensor, Rollout]:
+        """Meta-loss and run; the backward walks back step by step, and asks the instances for curvature."""
+        grads = self.start.new_empty(steps + 1, self.layout.n)
+        if self.generator is None:
+            # One whose states can be kept; the global one may be in use elsewhere when the minibatches are drawn again.
+            seed = int(torch.randint(2**62, (), device="cpu"))
+            self.generator = torch.Generator().manual_seed(seed)
+        tape = Tape(self.spec, self.backend, self.instances, self.layout, self.generator, grads)
+        run = self.roll(steps, grads, tape.record)
+        tape.d_points = self._d_points(grads, run.losses, meta_loss)
+        tape.loss_weights = meta_loss.weights / self.layout.batch
+        return second_order_loss(tape, meta_loss.value(run.losses), self.weights, self.start, self.state), run
+
+    def _d_points(self, grads: Tensor, losses: Tensor, meta_loss: MetaLoss) -> Tensor | None:
+        """``[T + 1, N]``, or ``None`` if they are the gradients."""
+        slopes = meta_loss.slopes(losses)
+        if slopes is None:
+            return None
+        return torch.stack([grad * self.layout.spread(slope) for grad, slope in zip(grads, slopes, strict=True)])
