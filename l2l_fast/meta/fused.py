@@ -13,7 +13,7 @@ from l2l_fast.backends import Backend, resolve
 from l2l_fast.meta.layout import Layout
 from l2l_fast.meta.objective import MetaLoss
 from l2l_fast.meta.sampling import sample_coordinates
-from l2l_fast.meta.second_order import Tape, second_order_loss
+from l2l_fast.meta.second_order import Optimizee, Recorder, Walk, second_order_loss
 from l2l_fast.problems import Instances
 from l2l_fast.rule import CoordinatewiseLSTM
 
@@ -123,16 +123,27 @@ class FusedUnroll:
 
     def second_order(self, steps: int, meta_loss: MetaLoss) -> tuple[Tensor, Rollout]:
         """Meta-loss and run; the backward walks back step by step, and asks the instances for curvature."""
-        grads = self.start.new_empty(steps + 1, self.layout.n)
+        layout, grads = self.layout, self.start.new_empty(steps + 1, self.layout.n)
         if self.generator is None:
             # One whose states can be kept; the global one may be in use elsewhere when the minibatches are drawn again.
             seed = int(torch.randint(2**62, (), device="cpu"))
             self.generator = torch.Generator().manual_seed(seed)
-        tape = Tape(self.spec, self.backend, self.instances, self.layout, self.generator, grads)
-        run = self.roll(steps, grads, tape.record)
-        tape.d_points = self._d_points(grads, run.losses, meta_loss)
-        tape.loss_weights = meta_loss.weights / self.layout.batch
-        return second_order_loss(tape, meta_loss.value(run.losses), self.weights, self.start, self.state), run
+        recorder = Recorder(steps, self.start, self.generator)
+        run = self.roll(steps, grads, recorder.record)
+        optimizee = Optimizee(self.instances, layout, self.generator.device, recorder.generator_states)
+        loss_weights = (meta_loss.weights / layout.batch).tolist()
+        loss = second_order_loss(
+            Walk(self.spec, self.backend, optimizee, recorder.interval, loss_weights),
+            meta_loss.value(run.losses),
+            self.weights,
+            self.start,
+            self.state,
+            recorder.points,
+            grads,
+            self._d_points(grads, run.losses, meta_loss),
+            recorder.checkpoints,
+        )
+        return loss, run
 
     def _d_points(self, grads: Tensor, losses: Tensor, meta_loss: MetaLoss) -> Tensor | None:
         """``[T + 1, N]``, or ``None`` if they are the gradients."""

@@ -10,6 +10,7 @@ activation of the LSTM and no graph of the optimizee outlives its step.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,67 +23,53 @@ from l2l_fast.problems import Instances
 from l2l_fast.spec import RuleSpec
 
 
-class Tape:
-    """What a run leaves for the walk back.
+class Recorder:
+    """Keeps what the walk back needs of a run, while the run goes on.
 
     Args:
-        generator: where the minibatches come from; its state before each step is kept.
-        grads: ``[T + 1, N]``, filled during the run.
+        start: ``[N]``, the first point.
+        generator: where the minibatches come from.
 
     Attributes:
-        d_points: ``[T + 1, N]``, derivative of each term of the meta-loss by its point; ``None`` if it is ``grads``.
-        loss_weights: ``[T + 1]`` in float64 on the CPU, weight of each term.
+        interval: steps from one state that is kept to the next.
+        points: ``[T, N]``, the points that a step was taken from.
+        checkpoints: the packed states that are kept.
+        generator_states: the generator's state before each step.
     """
 
-    d_points: Tensor | None
-    loss_weights: Tensor
-
-    def __init__(
-        self,
-        spec: RuleSpec,
-        backend: Backend,
-        instances: Instances,
-        layout: Layout,
-        generator: torch.Generator,
-        grads: Tensor,
-    ) -> None:
-        self.spec = spec
-        self.backend = backend
-        self.instances = instances
-        self.layout = layout
-        self.generator = generator
-        self.grads = grads
-        self.steps = len(grads) - 1
-        self.interval = math.isqrt(self.steps - 1) + 1
-        self.points = grads.new_empty(self.steps, layout.n)
+    def __init__(self, steps: int, start: Tensor, generator: torch.Generator) -> None:
+        self.interval = math.isqrt(steps - 1) + 1
+        self.points = start.new_empty(steps, len(start))
         self.checkpoints: list[Tensor] = []
+        self.generator = generator
         self.generator_states: list[Tensor] = []
 
     def record(self, t: int, theta: Tensor, packed: Tensor) -> None:
-        """Keep what is needed of the point before step ``t``."""
+        """Note the point, the packed state and the generator before step ``t``."""
         self.points[t].copy_(theta)
         self.generator_states.append(self.generator.get_state())
         if t % self.interval == 0:
             self.checkpoints.append(packed.clone())
 
-    def states(self, weights: Tensor, block: int) -> list[Tensor]:
-        """The states ``[N, 2, 2, H]`` before each step from one checkpoint to the next, computed again."""
-        states = [self.backend.unpack_state(self.checkpoints[block], self.layout.n, self.spec)]
-        first = block * self.interval
-        for t in range(first, min(first + self.interval, self.steps) - 1):
-            states.append(self.backend.step(self.spec, weights, self.grads[t], states[-1])[1])
-        return states
 
-    def d_point(self, t: int) -> Tensor:
-        """Derivative of the meta-loss by point ``t``, of its own term alone ``[N]``."""
-        d_points = self.grads if self.d_points is None else self.d_points
-        return self.loss_weights[t].item() * d_points[t]
+@dataclass(frozen=True)
+class Optimizee:
+    """The instances as they were at each step: the same minibatches again.
 
-    def hessian_product(self, t: int, vector: Tensor) -> Tensor:
-        """The Hessians of the losses at point ``t``, on the minibatches of that step, times ``vector [N]``."""
-        generator = torch.Generator(self.generator.device)
+    Attributes:
+        generator_states: before each step, of a generator on ``generator_device``.
+    """
+
+    instances: Instances
+    layout: Layout
+    generator_device: torch.device
+    generator_states: list[Tensor]
+
+    def hessian_product(self, t: int, point: Tensor, vector: Tensor) -> Tensor:
+        """The Hessians of the losses of step ``t`` at ``point [N]``, times ``vector [N]``."""
+        generator = torch.Generator(self.generator_device)
         generator.set_state(self.generator_states[t])
-        params = {name: view.detach().requires_grad_() for name, view in self.layout.views(self.points[t]).items()}
+        params = {name: view.detach().requires_grad_() for name, view in self.layout.views(point).items()}
         leaves = tuple(params.values())
         with torch.enable_grad():
             loss = self.instances.loss(params, generator=generator)
@@ -96,52 +83,123 @@ class Tape:
         return product
 
 
+@dataclass(frozen=True)
+class Walk:
+    """How to walk back along a run.
+
+    Attributes:
+        interval: steps from one checkpoint to the next.
+        loss_weights: weight of the term of each of the ``T + 1`` points in the meta-loss.
+    """
+
+    spec: RuleSpec
+    backend: Backend
+    optimizee: Optimizee
+    interval: int
+    loss_weights: list[float]
+
+    def back(
+        self,
+        weights: Tensor,
+        points: Tensor,
+        grads: Tensor,
+        d_points: Tensor | None,
+        checkpoints: list[Tensor],
+        need_d_start: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Derivatives ``(d_weights [P], d_start [N], d_state [N, 2, 2, H])``, the first two in float64.
+
+        Args:
+            weights: ``[P]``.
+            points: ``[T, N]``, the points that a step was taken from.
+            grads: ``[T + 1, N]``, gradient of the loss at every point visited.
+            d_points: ``[T + 1, N]``, derivative of each term of the meta-loss by its point; ``None`` for ``grads``.
+            checkpoints: packed states before every ``interval``-th step.
+            need_d_start: ``False`` saves the last Hessian-vector product; ``d_start`` then means nothing.
+        """
+        d_points = grads if d_points is None else d_points
+        # Sums over steps are float64: they are long, and what is added up cancels.
+        d_weights = torch.zeros_like(weights, dtype=torch.float64)
+        d_point = torch.zeros_like(grads[0], dtype=torch.float64).add_(d_points[-1], alpha=self.loss_weights[-1])
+        d_state = weights.new_zeros(grads.shape[1], 2, 2, self.spec.hidden_size)
+        for block, checkpoint in reversed(list(enumerate(checkpoints))):
+            first, end = block * self.interval, min((block + 1) * self.interval, len(points))
+            states = self._states(weights, grads[first : end - 1], checkpoint)
+            for t in reversed(range(first, end)):
+                d_step, d_grad, d_state = self.backend.step_backward(
+                    self.spec, weights, grads[t], states.pop(), d_point.to(weights.dtype), d_state
+                )
+                d_weights += d_step
+                if t > 0 or need_d_start:
+                    d_point.add_(d_points[t], alpha=self.loss_weights[t])
+                    d_point += self.optimizee.hessian_product(t, points[t], d_grad)
+        return d_weights, d_point, d_state
+
+    def _states(self, weights: Tensor, grads: Tensor, checkpoint: Tensor) -> list[Tensor]:
+        """The states ``[N, 2, 2, H]`` before, between and after the steps with the gradients ``grads [k, N]``."""
+        states = [self.backend.unpack_state(checkpoint, grads.shape[1], self.spec)]
+        for grad in grads:
+            states.append(self.backend.step(self.spec, weights, grad, states[-1])[1])
+        return states
+
+
 class _SecondOrderLoss(torch.autograd.Function):
-    """The meta-loss, whose backward walks back along a tape."""
+    """The meta-loss, whose backward walks back along a run."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, weights: Tensor, start: Tensor, state: Tensor | None, tape: Tape) -> Tensor:
-        ctx.save_for_backward(weights)
-        ctx.tape = tape
+    def forward(
+        ctx: Any,
+        walk: Walk,
+        loss: Tensor,
+        weights: Tensor,
+        start: Tensor,
+        state: Tensor | None,
+        points: Tensor,
+        grads: Tensor,
+        d_points: Tensor | None,
+        *checkpoints: Tensor,
+    ) -> Tensor:
+        ctx.walk = walk
+        # Saved and not merely held, so that the memory is free after the backward.
+        ctx.save_for_backward(weights, points, grads, d_points, *checkpoints)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (weights,) = ctx.saved_tensors
-        tape: Tape = ctx.tape
-        _, _, need_start, need_state, _ = ctx.needs_input_grad
-        # Sums over steps are float64: they are long, and what is added up cancels.
-        d_weights = torch.zeros_like(weights, dtype=torch.float64)
-        d_point = tape.d_point(tape.steps).double()
-        d_state = torch.zeros(tape.layout.n, 2, 2, tape.spec.hidden_size, dtype=weights.dtype, device=weights.device)
-        for block in reversed(range(len(tape.checkpoints))):
-            states = tape.states(weights, block)
-            while states:
-                t = block * tape.interval + len(states) - 1
-                d_step, d_grad, d_state = tape.backend.step_backward(
-                    tape.spec, weights, tape.grads[t], states.pop(), d_point.to(weights.dtype), d_state
-                )
-                d_weights += d_step
-                if t > 0 or need_start:
-                    d_point += tape.d_point(t)
-                    d_point += tape.hessian_product(t, d_grad)
+        weights, points, grads, d_points, *checkpoints = ctx.saved_tensors
+        _, _, _, need_start, need_state, *others = ctx.needs_input_grad
+        d_weights, d_start, d_state = ctx.walk.back(weights, points, grads, d_points, checkpoints, need_start)
         return (
             None,
-            (d_loss * d_weights).to(weights.dtype),
-            (d_loss * d_point).to(tape.grads.dtype) if need_start else None,
-            d_loss * d_state if need_state else None,
             None,
+            (d_loss * d_weights).to(weights.dtype),
+            (d_loss * d_start).to(grads.dtype) if need_start else None,
+            d_loss * d_state if need_state else None,
+            *(None for _ in others),
         )
 
 
-def second_order_loss(tape: Tape, loss: Tensor, weights: Tensor, start: Tensor, state: Tensor | None) -> Tensor:
+def second_order_loss(
+    walk: Walk,
+    loss: Tensor,
+    weights: Tensor,
+    start: Tensor,
+    state: Tensor | None,
+    points: Tensor,
+    grads: Tensor,
+    d_points: Tensor | None,
+    checkpoints: list[Tensor],
+) -> Tensor:
     """``loss`` (a scalar), made differentiable once by weights, first point and first state.
 
     Args:
         weights: ``[P]``.
         start: ``[N]``.
         state: ``[N, 2, 2, H]``, or ``None`` for zeros.
+        points, grads, d_points, checkpoints: of the run, see :meth:`Walk.back`.
     """
-    result: Tensor = _SecondOrderLoss.apply(loss, weights, start, state, tape)  # type: ignore[no-untyped-call]
+    result: Tensor = _SecondOrderLoss.apply(  # type: ignore[no-untyped-call]
+        walk, loss, weights, start, state, points, grads, d_points, *checkpoints
+    )
     return result
