@@ -236,6 +236,7 @@ class UnrollCase:
     regime: str = "normal"
     weights: str = "initial"
     with_state: bool = True
+    with_d_points: bool = False
     coordinate_steps: int = 2048  # at least, of all draws together
 
     @property
@@ -244,7 +245,8 @@ class UnrollCase:
 
     def __str__(self) -> str:
         start = "state" if self.with_state else "zeros"
-        return f"{self.spec_name}-N{self.n}-T{self.steps}-{self.regime}-{self.weights}-{start}"
+        points = "-points" if self.with_d_points else ""
+        return f"{self.spec_name}-N{self.n}-T{self.steps}-{self.regime}-{self.weights}-{start}{points}"
 
     @functools.cached_property
     def draws(self) -> list[UnrollInputs]:
@@ -260,25 +262,38 @@ class UnrollCase:
             for _ in range(_draws(self.n, self.coordinate_steps // self.steps))
         ]
 
+    @functools.cached_property
+    def d_points(self) -> list[Tensor | None]:
+        """Of each draw: derivatives by the points that have nothing to do with what the rule sees, or ``None``."""
+        generator = torch.Generator().manual_seed(1000 * self.steps + self.n + 1)
+        return [torch.randn(i.grads.shape, generator=generator) if self.with_d_points else None for i in self.draws]
+
     def gradients(self, d_weights: Tensor, d_state: Tensor | None) -> Outputs:
         return {"d_weights": d_weights} if d_state is None else {"d_weights": d_weights, "d_state": d_state}
 
     @functools.cached_property
     def oracle(self) -> tuple[Outputs, Outputs]:
         """Gradients by float32 eager with autograd, and by float64."""
+        draws = list(zip(self.draws, self.d_points, strict=True))
         return (
-            pool([self.gradients(*autograd_of_unroll(self.spec, *inputs)) for inputs in self.draws]),
-            pool([self.gradients(*exact_unroll(self.spec, *inputs)) for inputs in self.draws]),
+            pool([self.gradients(*autograd_of_unroll(self.spec, *inputs, points)) for inputs, points in draws]),
+            pool([self.gradients(*exact_unroll(self.spec, *inputs, points)) for inputs, points in draws]),
         )
 
 
 def autograd_of_unroll(
-    spec: RuleSpec, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor | None
+    spec: RuleSpec,
+    weights: Tensor,
+    grads: Tensor,
+    loss_weights: Tensor,
+    state: Tensor | None,
+    d_points: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What autograd makes of an unroll whose gradients are constants: ``(d_weights, d_state)``.
 
-    The loss at each point is linear in the point with the given gradient as its slope.
+    The loss at each point is linear in the point, with ``d_points`` (``None``: the given gradient) as its slope.
     """
+    slopes = grads if d_points is None else d_points
     weights = weights.clone().requires_grad_()
     start = None if state is None else state.clone().requires_grad_()
     n = grads.shape[1]
@@ -288,18 +303,28 @@ def autograd_of_unroll(
     for t in range(grads.shape[0] - 1):
         update, current = reference.step(spec, weights, grads[t], current)
         moved = moved + update
-        loss = loss + loss_weights[t + 1] * (grads[t + 1] * moved).sum()
+        loss = loss + loss_weights[t + 1] * (slopes[t + 1] * moved).sum()
     d_weights, *d_state = torch.autograd.grad(loss, (weights,) if start is None else (weights, start))
     return d_weights, d_state[0] if d_state else None
 
 
 def exact_unroll(
-    spec: RuleSpec, weights: Tensor, grads: Tensor, loss_weights: Tensor, state: Tensor | None
+    spec: RuleSpec,
+    weights: Tensor,
+    grads: Tensor,
+    loss_weights: Tensor,
+    state: Tensor | None,
+    d_points: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same in float64, by the formulas of :mod:`l2l_fast.reference`."""
     start = torch.zeros(grads.shape[1], 2, 2, spec.hidden_size) if state is None else state
     d_weights, d_state = reference.unroll_backward(
-        spec, weights.double(), grads.double(), loss_weights.double(), start.double()
+        spec,
+        weights.double(),
+        grads.double(),
+        loss_weights.double(),
+        start.double(),
+        None if d_points is None else d_points.double(),
     )
     return d_weights, None if state is None else d_state
 
@@ -336,4 +361,9 @@ UNROLL_CASES = [
         for with_state in (True, False)
     ),
     *(UnrollCase(spec, n=33, steps=3, regime=regime) for spec in SPECS for regime in REGIMES if regime != "normal"),
+    *(
+        UnrollCase(spec, n=33, steps=steps, weights="trained", with_state=with_state, with_d_points=True)
+        for spec in SPECS
+        for steps, with_state in ((1, True), (3, False), (20, True))
+    ),
 ]

@@ -117,8 +117,8 @@ def test_unroll_backward(backend: Backend, case: UnrollCase) -> None:
     case = thin_unroll(case) if interpreted(backend) else case
     eager, exact = case.oracle
     actual = []
-    for inputs in case.draws:
-        d_weights, d_state = backend.unroll_backward(case.spec, *inputs)
+    for inputs, d_points in zip(case.draws, case.d_points, strict=True):
+        d_weights, d_state = backend.unroll_backward(case.spec, *inputs, d_points=d_points)
         assert (d_state is None) == (inputs.state is None)
         actual.append(case.gradients(d_weights, d_state))
     assert_all_as_good(pool(actual), eager, exact)
@@ -141,6 +141,34 @@ def test_unroll_of_one_step_is_one_step_backward(backend: Backend) -> None:
     )
     torch.testing.assert_close(d_weights, step_weights)
     torch.testing.assert_close(d_state, step_state)
+
+
+def test_derivatives_by_the_points_default_to_the_gradients(backend: Backend) -> None:
+    weights, grads, loss_weights, state = UnrollCase(n=65, steps=5).draws[0]
+    without = backend.unroll_backward(SPEC, weights, grads, loss_weights, state)
+    given = backend.unroll_backward(SPEC, weights, grads, loss_weights, state, d_points=grads.clone())
+    torch.testing.assert_close(given, without, rtol=0, atol=0)
+
+
+def test_the_first_point_moves_nothing(backend: Backend) -> None:
+    """No update comes before it, so neither its weight nor the derivative by it matters."""
+    case = UnrollCase(n=33, steps=3, with_d_points=True)
+    (weights, grads, loss_weights, state), d_points = case.draws[0], case.d_points[0]
+    assert d_points is not None
+    before = backend.unroll_backward(SPEC, weights, grads, loss_weights, state, d_points=d_points)
+    d_points, loss_weights = d_points.clone(), loss_weights.clone()
+    d_points[0], loss_weights[0] = 1e3, -7
+    after = backend.unroll_backward(SPEC, weights, grads, loss_weights, state, d_points=d_points)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_derivative_by_the_state_is_left_out_on_request(backend: Backend) -> None:
+    case = UnrollCase(n=33, steps=3, with_d_points=True)
+    inputs, d_points = case.draws[0], case.d_points[0]
+    with_it, _ = backend.unroll_backward(SPEC, *inputs, d_points=d_points)
+    without, nothing = backend.unroll_backward(SPEC, *inputs, need_d_state=False, d_points=d_points)
+    assert nothing is None
+    assert_same_bits(without, with_it)
 
 
 @functools.cache
@@ -397,13 +425,15 @@ def test_results_do_not_depend_on_the_number_of_threads(backend: Backend, operat
 
 
 def test_arguments_are_left_alone(backend: Backend) -> None:
-    step, unroll = StepCase(n=65).draws[0], UnrollCase(n=65, steps=3).draws[0]
-    before = [tensor.clone() for tensor in (*step, *unroll) if tensor is not None]
+    step, case = StepCase(n=65).draws[0], UnrollCase(n=65, steps=3, with_d_points=True)
+    unroll, d_points = case.draws[0], case.d_points[0]
+    arguments = (*step, *unroll, d_points)
+    before = [tensor.clone() for tensor in arguments if tensor is not None]
     backend.step(SPEC, *step[:3])
     backend.step_backward(SPEC, *step)
-    backend.unroll_backward(SPEC, *unroll)
+    backend.unroll_backward(SPEC, *unroll, d_points=d_points)
     backend.prepare(SPEC, step.weights)
-    for tensor, copy in zip((*step, *unroll), before, strict=True):
+    for tensor, copy in zip(arguments, before, strict=True):
         assert tensor is not None
         assert_same_bits(tensor, copy)
 
@@ -416,15 +446,23 @@ def test_any_strides(backend: Backend) -> None:
         holder[..., 0] = tensor
         return holder[..., 0]
 
-    step, unroll = StepCase(n=65).draws[0], UnrollCase(n=65, steps=3).draws[0]
-    weights, grads, loss_weights, state = unroll
+    step, case = StepCase(n=65).draws[0], UnrollCase(n=65, steps=3, with_d_points=True)
+    (weights, grads, loss_weights, state), d_points = case.draws[0], case.d_points[0]
     assert state is not None
+    assert d_points is not None
     for scattered, plain in (
         (backend.step(SPEC, *map(scatter, step[:3])), backend.step(SPEC, *step[:3])),
         (backend.step_backward(SPEC, *map(scatter, step)), backend.step_backward(SPEC, *step)),
         (
-            backend.unroll_backward(SPEC, scatter(weights), scatter(grads), scatter(loss_weights), scatter(state)),
-            backend.unroll_backward(SPEC, *unroll),
+            backend.unroll_backward(
+                SPEC,
+                scatter(weights),
+                scatter(grads),
+                scatter(loss_weights),
+                scatter(state),
+                d_points=scatter(d_points),
+            ),
+            backend.unroll_backward(SPEC, weights, grads, loss_weights, state, d_points=d_points),
         ),
     ):
         for one, two in zip(scattered, plain, strict=True):

@@ -126,15 +126,18 @@ def test_step_backward_equals_autograd(hidden_size: int, preprocess: Preprocess,
 @hidden_sizes
 @preprocesses
 @pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("apart", [False, True], ids=["gradients", "points"])
 def test_unroll_backward_equals_autograd(
-    hidden_size: int, preprocess: Preprocess, steps: int, generator: torch.Generator
+    hidden_size: int, preprocess: Preprocess, steps: int, apart: bool, generator: torch.Generator
 ) -> None:
+    """Also where the derivatives by the points are not the gradients that the rule saw."""
     spec = RuleSpec(hidden_size, preprocess, 0.3)
     weights, _, state = (tensor.detach() for tensor in double_inputs(spec, generator))
     grads = torch.randn(steps + 1, N, generator=generator, dtype=torch.float64)
     loss_weights = torch.rand(steps + 1, generator=generator, dtype=torch.float64)
-    expected = autograd_of_unroll(spec, weights, grads, loss_weights, state)
-    actual = reference.unroll_backward(spec, weights, grads, loss_weights, state)
+    d_points = torch.randn(steps + 1, N, generator=generator, dtype=torch.float64) if apart else None
+    expected = autograd_of_unroll(spec, weights, grads, loss_weights, state, d_points)
+    actual = reference.unroll_backward(spec, weights, grads, loss_weights, state, d_points)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
