@@ -46,7 +46,7 @@ def _probabilities(norms: Tensor, expected: float) -> Tensor:
     count = len(norms)
     even = norms.new_full((count,), 1.0 / count, dtype=torch.float64)
     total = norms.double().sum()
-    share = torch.where(total > 0, norms.double() / total, even)
+    share = torch.where((total > 0) & total.isfinite(), norms.double() / total, even)
     share = (1 - _EVEN_SHARE) * share + _EVEN_SHARE * even
     low, high = 0.0, float(count) / _EVEN_SHARE
     for _ in range(60):  # the sum grows with the factor, so bisection finds it
