@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from images import write_mnist
 
 from l2l_fast.problems import PROBLEMS, Quadratic
 from l2l_fast.problems.quadratic import QuadraticInstances
@@ -11,6 +14,12 @@ from l2l_fast.problems.quadratic import QuadraticInstances
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path)
+    monkeypatch.setenv("L2L_FAST_DATA", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", sorted(PROBLEMS))
@@ -36,6 +45,16 @@ def test_same_generator_same_problem(name: str) -> None:
 
     assert torch.equal(losses(0), losses(0))
     assert not torch.equal(losses(0), losses(1))
+
+
+@pytest.mark.parametrize("name", sorted(PROBLEMS))
+def test_same_point_and_minibatch_same_loss(name: str) -> None:
+    """Second-order meta-gradients ask again."""
+    instances = PROBLEMS[name]().sample(3, generator=seeded())
+    params = instances.init(generator=seeded(1))
+    first, other, again = (instances.loss(params, generator=seeded(seed)) for seed in (2, 3, 2))
+    assert torch.equal(first, again)
+    assert torch.equal(first, other) == (name == "quadratic")
 
 
 def test_quadratic_loss_is_the_squared_residual() -> None:
