@@ -304,21 +304,32 @@ def test_updates_that_are_not_finite_are_skipped_and_counted() -> None:
     assert all(weight.isfinite().all() for weight in rule.parameters())
 
 
+class Ledge(Square):
+    """Finite at the starting point and nowhere else."""
+
+    def loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+        return super().loss(params) * torch.where(params["x"].squeeze(1) == 1, 1.0, float("inf"))
+
+
+class LedgeProblem(SquareProblem):
+    def __init__(self, batch: int) -> None:
+        self.batch = batch  # of the instances that are so: those trained on, or those validated on
+
+    def sample(self, batch_size: int, **options: Any) -> Square:
+        return Ledge(batch_size) if batch_size == self.batch else Square(batch_size)
+
+
 def test_nothing_but_skipped_updates_is_an_error() -> None:
-    trainer = MetaTrainer(make_rule(), CliffProblem(lambda index: True), replace(SMALL, updates=1000))
+    config = replace(SMALL, updates=1000)
     with pytest.raises(FloatingPointError, match=r"100 meta-updates in a row.*lower lr"):
-        trainer.fit()
+        MetaTrainer(make_rule(), LedgeProblem(config.batch_size), config).fit()
+    with pytest.raises(FloatingPointError, match=r"100 meta-updates in a row.*already at the starting points"):
+        MetaTrainer(make_rule(), CliffProblem(lambda index: True), config).fit()
 
 
 def test_validation_that_is_not_finite_counts_as_worst() -> None:
-    class Broken(Cliff):
-        scale = float("inf")
-
-    class BrokenProblem(SquareProblem):
-        def sample(self, batch_size: int, **options: Any) -> Square:
-            return Broken(batch_size) if batch_size == SMALL.validation_functions else Square(batch_size)
-
-    result = MetaTrainer(make_rule(), BrokenProblem(), SMALL).fit()
+    assert SMALL.validation_functions is not None
+    result = MetaTrainer(make_rule(), LedgeProblem(SMALL.validation_functions), SMALL).fit()
     assert result.best_validation_loss == float("inf")
     assert isinstance(result.best_rule, CoordinatewiseLSTM)
 
@@ -518,7 +529,7 @@ def test_resume_refuses_a_damaged_or_foreign_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path).fit(resume=True)
     (tmp_path / "best.safetensors").replace(path)
-    with pytest.raises(ValueError, match=r"has the format 'l2l_fast.rule.v1', expected 'l2l_fast.checkpoint.v1'"):
+    with pytest.raises(ValueError, match=r"has the format 'l2l_fast.rule.v1', expected 'l2l_fast.checkpoint.v2'"):
         MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path).fit(resume=True)
 
 

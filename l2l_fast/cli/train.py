@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,10 +28,11 @@ from l2l_fast.cli.common import (
 from l2l_fast.experiments import tables, training
 from l2l_fast.experiments.output import prepare_folder
 from l2l_fast.experiments.progress import console, errors
-from l2l_fast.meta import MetaTrainer, TrainConfig
+from l2l_fast.meta import MetaTrainer, TrainConfig, TrainResult
 from l2l_fast.meta import diagnose as diagnose_rule
-from l2l_fast.meta.trainer import BEST, CHECKPOINT
-from l2l_fast.rule import CoordinatewiseLSTM
+from l2l_fast.meta.distributed import Team, launched, process_group, restarted
+from l2l_fast.meta.folder import BEST, CHECKPOINT
+from l2l_fast.rule import CoordinatewiseLSTM, as_rule
 from l2l_fast.spec import LogAndSign, RuleSpec
 
 
@@ -41,104 +43,292 @@ class _Preprocess(str, Enum):
     NONE = "none"
 
 
+class _Objective(str, Enum):
+    """What is summed over the steps of a run."""
+
+    LOSS = "loss"
+    LOG = "log"
+
+
+class _Device(str, Enum):
+    """Where to train."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+_RULE, _RUN, _META, _VALIDATION = "Rule", "Run", "Meta-optimizer", "Validation and files"
+
+
 def train(
     problem: ProblemName = None,
     problem_file: ProblemFile = None,
     settings: Settings = None,
-    updates: Annotated[int, typer.Option(min=1, help="Meta-updates.")] = TrainConfig.updates,
-    lr: Annotated[float, typer.Option(help="Learning rate of the meta-optimizer at the start.")] = TrainConfig.lr,
-    batch_size: Annotated[int, typer.Option(help="Functions trained on at once.")] = TrainConfig.batch_size,
-    truncation: Annotated[int, typer.Option(help="Steps of a segment.")] = TrainConfig.truncation,
-    horizon: Annotated[int, typer.Option(help="Steps of a run.")] = TrainConfig.horizon,
-    second_derivatives: Annotated[
-        bool, typer.Option("--second-derivatives", help="Differentiate through the gradients as well.")
-    ] = False,
+    init_from: Annotated[
+        str | None,
+        typer.Option(metavar="RULE", help="Start from a shipped rule or a rule file.", rich_help_panel=_RULE),
+    ] = None,
     preprocess: Annotated[
-        _Preprocess, typer.Option(help="What becomes of a gradient: log and sign, or nothing.")
-    ] = _Preprocess.NONE,
-    p: Annotated[float, typer.Option("--p", help="Parameter p of the log preprocessing.")] = LogAndSign.p,
-    output_scale: Annotated[float, typer.Option(help="Factor on the output of the network.")] = RuleSpec.output_scale,
-    hidden_size: Annotated[int, typer.Option(help="Units per layer.")] = RuleSpec.hidden_size,
-    seed: Annotated[int, typer.Option(help="Seed of the rule and of the functions trained on.")] = TrainConfig.seed,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for rule, checkpoint and log.", show_default="runs/PROBLEM")
+        _Preprocess | None,
+        typer.Option(
+            help="What becomes of a gradient: log and sign, or nothing.", show_default="none", rich_help_panel=_RULE
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Carry on from the checkpoint in the folder.")] = False,
-    search: Annotated[
-        int | None, typer.Option(min=1, help="First try so many random learning rates, then train with the best.")
+    p: Annotated[
+        float | None,
+        typer.Option(
+            "--p", help="Parameter p of the log preprocessing.", show_default=f"{LogAndSign.p:g}", rich_help_panel=_RULE
+        ),
     ] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Stop after so many seconds.")] = None,
-    diagnose: Annotated[
-        bool, typer.Option("--diagnose", help="Say afterwards what the rule does, and what may keep it from learning.")
+    output_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Factor on the output of the network.",
+            show_default=f"{RuleSpec.output_scale:g}",
+            rich_help_panel=_RULE,
+        ),
+    ] = None,
+    hidden_size: Annotated[
+        int | None,
+        typer.Option(help="Units per layer.", show_default=str(RuleSpec.hidden_size), rich_help_panel=_RULE),
+    ] = None,
+    horizon: Annotated[int, typer.Option(help="Steps of a run.", rich_help_panel=_RUN)] = TrainConfig.horizon,
+    truncation: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of a segment, each of which gives an update; 20 in the paper.",
+            show_default=str(TrainConfig.truncation),
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    untruncated: Annotated[
+        bool,
+        typer.Option("--untruncated", help="Segments as long as a run: better for networks.", rich_help_panel=_RUN),
     ] = False,
+    batch_size: Annotated[
+        int, typer.Option(help="Functions trained on at once.", rich_help_panel=_RUN)
+    ] = TrainConfig.batch_size,
+    shards: Annotated[
+        int,
+        typer.Option(
+            help="Batches of them that an update averages; the processes of torchrun share them.", rich_help_panel=_RUN
+        ),
+    ] = TrainConfig.shards,
+    objective: Annotated[
+        _Objective, typer.Option(help="Train on losses or on their logarithms.", rich_help_panel=_RUN)
+    ] = _Objective.LOSS,
+    loss_power: Annotated[
+        float, typer.Option(help="Weigh step t of T by (t/T) to this power.", rich_help_panel=_RUN)
+    ] = TrainConfig.loss_power,
+    second_derivatives: Annotated[
+        bool,
+        typer.Option("--second-derivatives", help="Differentiate through the gradients as well.", rich_help_panel=_RUN),
+    ] = False,
+    coordinate_fraction: Annotated[
+        float,
+        typer.Option(help="Share of the coordinates that enter a meta-gradient, chosen anew.", rich_help_panel=_RUN),
+    ] = TrainConfig.coordinate_fraction,
+    updates: Annotated[int, typer.Option(min=1, help="Meta-updates.", rich_help_panel=_META)] = TrainConfig.updates,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start.", rich_help_panel=_META)] = TrainConfig.lr,
+    warmup: Annotated[
+        int, typer.Option(help="Updates over which the learning rate rises to that.", rich_help_panel=_META)
+    ] = TrainConfig.warmup,
+    clip: Annotated[
+        float, typer.Option(help="Greatest norm of a meta-gradient; 0 for any.", rich_help_panel=_META)
+    ] = 1.0,
+    clip_ratio: Annotated[
+        float | None,
+        typer.Option(help="Greatest norm relative to the mean of those before.", rich_help_panel=_META),
+    ] = None,
+    average: Annotated[
+        float | None,
+        typer.Option(help="Validate and keep an average of the weights, with this decay.", rich_help_panel=_META),
+    ] = None,
+    search: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="First try so many random learning rates, then train with the best.", rich_help_panel=_META
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Learning rates to try at a time.", rich_help_panel=_META)] = 1,
+    validate_every: Annotated[
+        int, typer.Option(help="Updates between validations.", rich_help_panel=_VALIDATION)
+    ] = TrainConfig.validate_every,
+    validation_functions: Annotated[
+        int | None,
+        typer.Option(
+            help="Functions to validate on.",
+            show_default="1024, or what has 2 million coordinates",
+            rich_help_panel=_VALIDATION,
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Updates between checkpoints.", show_default="at each validation", rich_help_panel=_VALIDATION
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for rule, checkpoint and log.", show_default="runs/PROBLEM", rich_help_panel=_VALIDATION
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Carry on from the checkpoint in the folder.", rich_help_panel=_VALIDATION),
+    ] = False,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Stop after so many seconds.", rich_help_panel=_VALIDATION)
+    ] = None,
+    diagnose: Annotated[
+        bool,
+        typer.Option(
+            "--diagnose",
+            help="Say afterwards what the rule does, and what may keep it from learning.",
+            rich_help_panel=_VALIDATION,
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the rule and of the functions trained on.")] = TrainConfig.seed,
+    device: Annotated[_Device, typer.Option(help="Where to train.")] = _Device.CPU,
     data_dir: DataDir = None,
     threads: Threads = None,
 ) -> None:
-    """Meta-train a rule on a problem. Ctrl-C leaves a checkpoint from which --resume carries on."""
+    """Meta-train a rule on a problem. Ctrl-C leaves a checkpoint from which --resume carries on.
+
+    torchrun --nproc-per-node 2 -m l2l_fast train PROBLEM --shards 2 trains in two processes.
+    """
     set_threads(threads)
     use_data_dir(data_dir)
-    name = chosen_problem(problem, problem_file)
-    known_problem = make_problem(name, settings)
+    if untruncated and truncation is not None:
+        raise ValueError("--untruncated and --truncation are two ways to say the same; give one of them")
     config = TrainConfig(
         updates=updates,
-        lr=lr,
-        batch_size=batch_size,
-        truncation=truncation,
         horizon=horizon,
+        truncation=horizon if untruncated else TrainConfig.truncation if truncation is None else truncation,
+        batch_size=batch_size,
+        shards=shards,
+        lr=lr,
+        warmup=warmup,
+        clip=clip or None,
+        clip_ratio=clip_ratio,
+        average=average,
+        objective=objective.value,
         second_derivatives=second_derivatives,
+        coordinate_fraction=coordinate_fraction,
+        loss_power=loss_power,
+        validate_every=validate_every,
+        validation_functions=validation_functions,
+        checkpoint_every=checkpoint_every,
         seed=seed,
         max_seconds=max_seconds,
     )
+    if search is not None and launched():
+        raise ValueError(
+            "--search makes trials in processes of its own (--jobs), not in those of torchrun; search first, then "
+            "train with the --lr that was found"
+        )
+    place = _usable(device)
+    name = chosen_problem(problem, problem_file)
+    known_problem = make_problem(name, settings)
 
     def make_rule() -> CoordinatewiseLSTM:
-        torch.manual_seed(seed)
-        chosen = LogAndSign(p) if preprocess is _Preprocess.LOG else None
-        return CoordinatewiseLSTM(hidden_size, chosen, output_scale)
+        return _initial_rule(init_from, preprocess, p, output_scale, hidden_size, seed).to(place)
 
-    rule = make_rule()
+    make_rule()  # refuses what has no meaning before there is a folder
     folder = prepare_folder(Path("runs") / folder_name(name) if out is None else out)
-    if not resume:
-        training.check_unused(folder)
-    try:
-        if search is not None:
-            found = training.search_lr(make_rule, known_problem, config, folder, search)
-            console.print(tables.search_table(found))
-            config = replace(config, lr=found.best_lr)
-            resume = resume and (folder / CHECKPOINT).exists()
-        result = training.fit(MetaTrainer(rule, known_problem, config, folder=folder), resume=resume)
-    except KeyboardInterrupt:
-        errors.print(f"\ninterrupted; {escape(_what_is_left(folder))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    console.print(
-        f"{result.updates} updates in {result.seconds:.1f} s; best validation loss {result.best_validation_loss:.4g} "
-        f"after {result.best_update} updates",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if result.best_update == 0:
-        reason = (
-            f"training stopped before its first validation, which is due after {config.validate_every} updates"
-            if len(result.history) == 1
-            else "no validation was better than that before training"
-        )
-        errors.print(
-            f"[bold yellow]warning:[/] {escape(str(folder / BEST))} holds the untrained rule: {reason}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    with process_group(place) as place:
+        team = Team(place)
+        console.quiet = not team.leads
+        if not (resume or restarted()):
+            team.from_leader(lambda: training.check_unused(folder))
+        try:
+            if search is not None:
+                remake = partial(make_problem, name, settings)
+                found = training.search_lr(known_problem, make_rule, config, folder, search, jobs, remake)
+                console.print(tables.search_table(found))
+                config = replace(config, lr=found.best_lr)
+                resume = resume and (folder / CHECKPOINT).exists()
+            result = training.fit(MetaTrainer(make_rule(), known_problem, config, folder=folder), resume=resume)
+        except KeyboardInterrupt:
+            if team.leads:
+                errors.print(f"\ninterrupted; {escape(_what_is_left(folder))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
+    if not team.leads:
+        return
+    _report(result, config, folder)
     if diagnose:
         best = result.best_rule
         assert isinstance(best, CoordinatewiseLSTM)
         diagnosis = diagnose_rule(
             best,
             known_problem,
-            steps=horizon,
-            truncation=truncation,
+            steps=config.horizon,
+            truncation=config.truncation,
             seed=config.validation_seed,
-            second_derivatives=second_derivatives,
+            second_derivatives=config.second_derivatives,
         )
         console.print(tables.diagnosis_table(diagnosis))
     print_written(folder / BEST)
+
+
+def _usable(device: _Device) -> torch.device:
+    """``device``, if there is one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if device is _Device.CUDA and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device that PyTorch can use here; --device cpu always works")
+    return torch.device(device.value)
+
+
+def _initial_rule(
+    init_from: str | None,
+    preprocess: _Preprocess | None,
+    p: float | None,
+    output_scale: float | None,
+    hidden_size: int | None,
+    seed: int,
+) -> CoordinatewiseLSTM:
+    """The rule that training starts from: that of ``init_from``, or a fresh one.
+
+    Raises:
+        ValueError: if there is no such rule, or options say again, or otherwise, what it is made of.
+    """
+    if init_from is not None:
+        options = {"preprocess": preprocess, "p": p, "output-scale": output_scale, "hidden-size": hidden_size}
+        given = [f"--{name}" for name, value in options.items() if value is not None]
+        if given:
+            raise ValueError(f"the rule of --init-from has settings of its own; leave out {' and '.join(given)}")
+        return as_rule(init_from)
+    torch.manual_seed(seed)
+    return CoordinatewiseLSTM(
+        RuleSpec.hidden_size if hidden_size is None else hidden_size,
+        LogAndSign(LogAndSign.p if p is None else p) if preprocess is _Preprocess.LOG else None,
+        RuleSpec.output_scale if output_scale is None else output_scale,
+    )
+
+
+def _report(result: TrainResult, config: TrainConfig, folder: Path) -> None:
+    console.print(
+        f"{result.updates} updates in {result.seconds:.1f} s; best validation loss {result.best_validation_loss:.4g} "
+        f"after {result.best_update} updates",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result.best_update:
+        return
+    reason = (
+        f"training stopped before its first validation, which is due after {config.validate_every} updates"
+        if len(result.history) == 1
+        else "no validation was better than that before training"
+    )
+    errors.print(
+        f"[bold yellow]warning:[/] {escape(str(folder / BEST))} holds the untrained rule: {reason}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _what_is_left(folder: Path) -> str:

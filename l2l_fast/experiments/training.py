@@ -10,8 +10,9 @@ import optuna
 
 from l2l_fast.experiments.progress import console, progress
 from l2l_fast.meta import MetaTrainer, SearchResult, TrainConfig, TrainEvent, TrainResult, search
+from l2l_fast.meta.folder import BEST, CHECKPOINT, LOG, SUMMARY
+from l2l_fast.meta.lock import hold
 from l2l_fast.meta.search import Trial
-from l2l_fast.meta.trainer import BEST, CHECKPOINT, LOG, SUMMARY
 from l2l_fast.problems import Problem
 from l2l_fast.rule import CoordinatewiseLSTM
 
@@ -62,12 +63,14 @@ def fit(trainer: MetaTrainer, *, description: str = "meta-training", resume: boo
 
 
 def check_unused(folder: Path) -> None:
-    """Refuse a folder in which something has been trained already.
+    """Refuse a folder in which something has been or is being trained.
 
     Raises:
-        FileExistsError: if there is such a thing, with the names of its files.
+        BlockingIOError: if another training is at work there.
+        FileExistsError: if there are files of an earlier one, with their names.
     """
-    found = [name for name in (CHECKPOINT, BEST, LOG, SUMMARY, SEARCH) if (folder / name).exists()]
+    with hold(folder):
+        found = [name for name in (CHECKPOINT, BEST, LOG, SUMMARY, SEARCH) if (folder / name).exists()]
     if found:
         raise FileExistsError(
             f"{folder} holds {', '.join(found)} of an earlier training; --resume carries on with it, "
@@ -76,19 +79,23 @@ def check_unused(folder: Path) -> None:
 
 
 def search_lr(
-    make_rule: Callable[[], CoordinatewiseLSTM],
     problem: Problem,
+    make_rule: Callable[[], CoordinatewiseLSTM],
     config: TrainConfig,
     folder: Path,
     trials: int,
+    jobs: int = 1,
+    make_problem: Callable[[], Problem] | None = None,
 ) -> SearchResult:
     """:func:`l2l_fast.meta.search` with a progress bar; trials in ``folder/search.db`` are not made again.
 
     Raises:
-        ValueError: if they belong to another search.
+        BlockingIOError: if another training is at work in the folder.
+        ValueError: if the trials there belong to another search.
+        As :func:`l2l_fast.meta.search` does.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with progress("searching a learning rate", trials) as advance:
+    with hold(folder), progress("searching a learning rate", trials) as advance:
 
         def on_trial(trial: Trial) -> None:
             advance(note=f"lr {trial.lr:.2g}: {trial.validation_loss:.3g}")
@@ -100,5 +107,7 @@ def search_lr(
             trials,
             seed=config.seed,
             storage=f"sqlite:///{folder / SEARCH}",
+            jobs=jobs,
+            make_problem=make_problem,
             on_trial=on_trial,
         )

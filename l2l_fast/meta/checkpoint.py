@@ -16,7 +16,7 @@ from l2l_fast.meta.config import FREE_FIELDS, TrainConfig
 from l2l_fast.meta.log import LogRow
 from l2l_fast.rule import CoordinatewiseLSTM
 
-FORMAT = "l2l_fast.checkpoint.v1"
+FORMAT = "l2l_fast.checkpoint.v2"
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Progress:
     Attributes:
         updates: meta-updates done, skipped ones included.
         seconds: seconds of training.
-        position: steps done of the current run; 0 if the next update starts one.
+        position: steps done of the current run of every shard; 0 if the next update starts one.
         skipped, skipped_in_a_row: updates skipped for want of a finite loss and meta-gradient.
         segments, loss_sum, grad_norm_sum: what was summed up since the last validation.
         running_norm: mean norm of the meta-gradients so far, the latest ones weighted most; 0 before the first.
@@ -92,20 +92,30 @@ def load(path: str | os.PathLike[str], about: dict[str, Any]) -> tuple[dict[str,
         found, progress = json.loads(metadata["about"]), Progress.from_dict(json.loads(metadata["progress"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} is a checkpoint without readable metadata: {error!r}") from error
-    here, there = _flat(json.loads(json.dumps(about))), _flat(found)
-    missing = object()
-    differences = [
+    here, there, missing = flatten(json.loads(json.dumps(about))), flatten(found), object()
+    differing = [
         f"{name} is {there.get(name, 'absent')!r} in the checkpoint but {here.get(name, 'absent')!r} here"
         for name in sorted(here.keys() | there.keys())
-        if here.get(name, missing) != there.get(name, missing)
+        if name.removeprefix("config.") not in FREE_FIELDS and here.get(name, missing) != there.get(name, missing)
     ]
-    if differences:
+    if differing:
         raise ValueError(
-            f"{os.fspath(path)} belongs to another training: {'; '.join(differences)}. Resume with the settings it was "
+            f"{os.fspath(path)} belongs to another training: {'; '.join(differing)}. Resume with the settings it was "
             f"started with (only {', '.join(sorted(FREE_FIELDS))} may change), or train in another folder"
         )
     # Copies, because results to the bit need the alignment that PyTorch gives its own tensors.
     return {name: tensor.clone() for name, tensor in tensors.items()}, progress
+
+
+def flatten(about: dict[str, Any]) -> dict[str, Any]:
+    """``{"config": {"lr": ...}}`` as ``{"config.lr": ...}``."""
+    flat: dict[str, Any] = {}
+    for group, values in about.items():
+        if isinstance(values, dict):
+            flat |= {f"{group}.{name}": value for name, value in values.items()}
+        else:
+            flat[group] = values
+    return flat
 
 
 def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -130,14 +140,3 @@ def _is_plain(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _flat(about: dict[str, Any]) -> dict[str, Any]:
-    """``{"config": {"lr": ...}}`` as ``{"config.lr": ...}``, without the fields that may change."""
-    flat: dict[str, Any] = {}
-    for group, values in about.items():
-        if isinstance(values, dict):
-            flat |= {f"{group}.{name}": value for name, value in values.items() if name not in FREE_FIELDS}
-        else:
-            flat[group] = values
-    return flat

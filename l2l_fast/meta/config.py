@@ -20,13 +20,15 @@ class TrainConfig:
     """How :class:`MetaTrainer` trains.
 
     A run of ``horizon`` steps on fresh instances is cut into segments of ``truncation`` steps; each
-    segment gives one update of the rule by Adam.
+    segment gives one update of the rule by Adam. Processes that train together share the shards among them.
 
     Args:
         updates: meta-updates in all. The learning rate decays over exactly these.
         horizon: steps of a run, and of validation.
         truncation: steps of a segment; ``horizon`` for untruncated training.
         batch_size: instances of a run.
+        shards: independent runs of ``batch_size`` instances each, with random numbers of their own, that one update
+            averages over.
         lr: learning rate of Adam at the first update.
         final_lr_fraction: learning rate at the last update as a fraction of ``lr``; exponential in between.
         warmup: updates over which the learning rate rises linearly to what it would be without them.
@@ -41,7 +43,8 @@ class TrainConfig:
         loss_power: in place of ``loss_weights``, weights ``(power + 1) (t / horizon) ** power``: with 0 every point
             counts alike, the higher the more the end of the run does.
         validate_every: updates between validations.
-        validation_functions: instances to validate on, always the same ones.
+        validation_functions: instances to validate on, always the same ones; ``None`` is 1024, or as many as have
+            two million coordinates in all, but at least 4.
         validation_seed: seed that they are drawn from.
         patience: stop after so many validations in a row without a new best; ``None`` never does.
         checkpoint_every: updates between checkpoints; ``None`` writes one at each validation.
@@ -58,6 +61,7 @@ class TrainConfig:
     horizon: int = 100
     truncation: int = 20
     batch_size: int = 16
+    shards: int = 1
     lr: float = 1e-2
     final_lr_fraction: float = 0.03
     warmup: int = 0
@@ -70,7 +74,7 @@ class TrainConfig:
     loss_weights: tuple[float, ...] | None = None
     loss_power: float = 0.0
     validate_every: int = 100
-    validation_functions: int = 1024
+    validation_functions: int | None = None
     validation_seed: int = 2**31
     patience: int | None = None
     checkpoint_every: int | None = None
@@ -84,6 +88,7 @@ class TrainConfig:
             ("horizon", 1),
             ("truncation", 1),
             ("batch_size", 1),
+            ("shards", 1),
             ("warmup", 0),
             ("validate_every", 1),
             ("validation_functions", 1),
@@ -129,7 +134,7 @@ class TrainConfig:
 
     def _check_int(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if value is None and name in ("patience", "checkpoint_every"):
+        if value is None and name in ("validation_functions", "patience", "checkpoint_every"):
             return
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {value!r}")

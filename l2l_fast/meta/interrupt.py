@@ -40,10 +40,9 @@ class DeferredSignals:
         while self._previous:
             signal.signal(*self._previous.popitem())
 
-    def deliver(self) -> None:
-        """Let the signal that was held back take its effect: ``KeyboardInterrupt``, or the end of the process."""
-        if self.received is not None:
-            number, self.received = self.received, None
-            self._restore()
-            signal.raise_signal(number)
-            self.__enter__()  # a handler that let training go on
+    def deliver(self, number: int) -> None:
+        """Let a signal, held back here or in another process, take its effect: ``KeyboardInterrupt``, or the end."""
+        self.received = None
+        self._restore()
+        signal.raise_signal(number)
+        self.__enter__()  # a handler that let training go on

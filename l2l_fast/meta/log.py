@@ -1,13 +1,11 @@
-"""What meta-training reports while it runs, and where that is written."""
+"""What meta-training reports while it runs."""
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass, fields
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,6 @@ class LogRow:
     skipped: int
     validation_loss: float
     best_validation_loss: float
-
-
-def write_log(path: str | os.PathLike[str], rows: Iterable[LogRow], *, append: bool = False) -> None:
-    """Write ``rows`` to a CSV file, in place of what it held or at its end."""
-    with Path(path).open("a" if append else "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if not append:
-            writer.writerow([field.name for field in fields(LogRow)])
-        writer.writerows(astuple(row) for row in rows)
 
 
 def tensorboard(folder: str | os.PathLike[str]) -> Callable[[TrainEvent], None]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy
 from torch import nn
 
 from l2l_fast.meta.checkpoint import describe
 from l2l_fast.meta.config import TrainConfig
-from l2l_fast.meta.trainer import MetaTrainer
+from l2l_fast.meta.trials import best_validation_loss, in_processes
 from l2l_fast.problems import Problem
 
 STUDY = "l2l_fast.lr"
+
+_NUMBER = "number"  # attribute of a trial in the storage
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What :func:`search` returns: the best trial's numbers, and all trials in the order they were made."""
+    """What :func:`search` returns: the best trial's numbers, and all trials in the order of their numbers."""
 
     best_lr: float
     best_validation_loss: float
@@ -45,9 +50,16 @@ def search(
     high: float = 1e-1,
     seed: int = 0,
     storage: str | None = None,
+    jobs: int = 1,
+    make_problem: Callable[[], Problem] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> SearchResult:
     """Random search, log-uniform, by the best validation loss of trainings with ``config``.
+
+    The learning rate of a trial follows from ``seed`` and the trial's number, and its result from that: it does not
+    matter in how many processes the trials are made, nor whether they are made at once. Only this process writes to
+    ``storage``, a trial at a time and when it is complete; one that was under way when it or the search was killed is
+    made again.
 
     Args:
         make_rule: makes the untrained rule of a trial; the same one each time for a fair comparison.
@@ -56,18 +68,26 @@ def search(
         low, high: range of learning rates.
         seed: fixes which learning rates are tried.
         storage: optuna storage, such as ``"sqlite:///search.db"``, to keep trials in and to carry on from.
+        jobs: trainings at a time; more than one run in processes of their own, with one thread each. A script that
+            asks for them needs ``if __name__ == "__main__":`` around what it does.
+        make_problem: makes ``problem`` in such a process; ``None`` sends the problem itself, pickled.
         on_trial: called after every trial.
 
     Raises:
         ImportError: if optuna is not installed.
-        ValueError: if a number has no meaning, or ``storage`` holds the trials of another search.
+        ValueError: if a number has no meaning, ``storage`` holds the trials of another search, or rule or problem
+            can't be pickled for another process.
+        RuntimeError: if the process of a trial ends without a result, by itself or killed three times.
 
     Source: Andrychowicz et al. 2016, section 3 (learning rate by random search).
     """
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
+    for name, value in (("trials", trials), ("jobs", jobs)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 < low < high < math.inf:
         raise ValueError(f"low and high must be finite with 0 < low < high, got {low} and {high}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     try:
         import optuna
     except ImportError as error:
@@ -77,25 +97,48 @@ def search(
     if study.user_attrs.setdefault("about", about) != about:
         raise ValueError(f"{storage} holds trials of another search: {study.user_attrs['about']}; use another storage")
     study.set_user_attr("about", about)
-    while len(done := study.get_trials(states=[optuna.trial.TrialState.COMPLETE])) < trials:
-        # Seeded by trial: a search that was interrupted tries the same learning rates as one that was not.
-        study.sampler = optuna.samplers.RandomSampler((seed + len(done)) % 2**32)
-        asked = study.ask()
-        lr = asked.suggest_float("lr", low, high, log=True)
-        trial = Trial(lr, _validation_loss(make_rule(), problem, config, lr))
-        study.tell(asked, trial.validation_loss)
-        if on_trial is not None:
-            on_trial(trial)
-    results = tuple(Trial(trial.params["lr"], trial.values[0]) for trial in done)
+    done = {
+        trial.user_attrs[_NUMBER]: Trial(trial.params["lr"], trial.values[0])
+        for trial in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    }
+    rates = {number: _learning_rate(seed, number, low, high) for number in range(trials) if number not in done}
+    configs = {number: replace(config, lr=lr) for number, lr in rates.items()}
+    if jobs == 1:
+        losses = _one_by_one(make_rule, problem, configs)
+    else:
+        losses = in_processes(make_rule, make_problem or partial(_itself, problem), configs, jobs)
+    with closing(losses):
+        for number, loss in losses:
+            done[number] = Trial(rates[number], loss)
+            study.add_trial(
+                optuna.trial.create_trial(
+                    value=loss,
+                    params={"lr": rates[number]},
+                    distributions={"lr": optuna.distributions.FloatDistribution(low, high, log=True)},
+                    user_attrs={_NUMBER: number},
+                )
+            )
+            if on_trial is not None:
+                on_trial(done[number])
+    results = tuple(done[number] for number in sorted(done))
     best = min(results, key=lambda trial: trial.validation_loss)
     return SearchResult(best.lr, best.validation_loss, results)
 
 
-def _validation_loss(rule: nn.Module, problem: Problem, config: TrainConfig, lr: float) -> float:
-    try:
-        return MetaTrainer(rule, problem, replace(config, lr=lr)).fit().best_validation_loss
-    except FloatingPointError:  # this learning rate leads nowhere
-        return math.inf
+def _one_by_one(
+    make_rule: Callable[[], nn.Module], problem: Problem, configs: Mapping[int, TrainConfig]
+) -> Generator[tuple[int, float], None, None]:
+    for number, config in configs.items():
+        yield number, best_validation_loss(make_rule(), problem, config)
+
+
+def _learning_rate(seed: int, number: int, low: float, high: float) -> float:
+    share = float(numpy.random.default_rng([seed, number]).uniform())
+    return low * math.pow(high / low, share)
+
+
+def _itself(problem: Problem) -> Problem:
+    return problem
 
 
 def _about(rule: nn.Module, problem: Problem, config: TrainConfig, low: float, high: float, seed: int) -> str:

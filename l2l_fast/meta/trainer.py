@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
-import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +19,18 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from l2l_fast.meta import checkpoint
 from l2l_fast.meta.checkpoint import Progress
 from l2l_fast.meta.config import TrainConfig
+from l2l_fast.meta.distributed import Team, restarted
+from l2l_fast.meta.folder import TrainingFolder
 from l2l_fast.meta.interrupt import DeferredSignals
-from l2l_fast.meta.log import LogRow, TrainEvent, write_log
-from l2l_fast.meta.unroll import unroll
-from l2l_fast.problems import Evaluates, Instances, Problem
+from l2l_fast.meta.log import LogRow, TrainEvent
+from l2l_fast.meta.shard import Shard
+from l2l_fast.meta.validation import affordable_functions, validation_loss
+from l2l_fast.problems import Problem
 from l2l_fast.rule import CoordinatewiseLSTM
 
 MAX_SKIPPED_IN_A_ROW = 100
 
 _NORM_DECAY = 0.95  # of the running mean of gradient norms
-
-CHECKPOINT, BEST, LOG, SUMMARY = "checkpoint.safetensors", "best.safetensors", "log.csv", "summary.json"
 
 StopReason = Literal["updates", "patience", "max_seconds"]
 
@@ -58,18 +58,12 @@ class TrainResult:
     stopped: StopReason
 
 
-@dataclass
-class _Run:
-    """Where the current run on a batch of instances stands."""
-
-    instances: Instances
-    generator_state: Tensor  # from which the instances can be drawn again
-    params: Mapping[str, Tensor] | None = None
-    state: Tensor | None = None
-
-
 class MetaTrainer:
     """Trains ``rule`` on instances of ``problem``.
+
+    Where ``torch.distributed`` is initialised, its ranks share the shards of an update and hold the same rule, that of
+    the first one to begin with. All of them make the trainer and call :meth:`fit`. Only the first one validates and
+    writes files. The result is the same for any number of ranks, on processors that compute the same.
 
     Args:
         rule: a :class:`CoordinatewiseLSTM`, or any module that :func:`unroll` takes; trained in place,
@@ -79,9 +73,13 @@ class MetaTrainer:
         folder: where to keep ``checkpoint.safetensors``, ``log.csv``, ``summary.json`` and, of a
             :class:`CoordinatewiseLSTM`, ``best.safetensors`` (a rule file); made if need be. ``None`` keeps nothing.
 
+    Attributes:
+        config: the settings, with a number for ``validation_functions``.
+
     Raises:
         TypeError: if an argument has the wrong kind.
-        ValueError: if no weight of the rule requires grad.
+        ValueError: if no weight of the rule requires grad, or the ranks can't share the shards evenly or differ in
+            what they are to train.
 
     Source: Andrychowicz et al. 2016, sections 2 and 3.
     """
@@ -108,15 +106,23 @@ class MetaTrainer:
         if not self._weights:
             raise ValueError("the rule has no weight that requires grad, so there is nothing to train")
         self._device = self._weights[0].device
+        self._team = Team(self._device)
+        shares = self._team.share(self.config.shards)
+        # Taken now: a problem may change while it is sampled from.
+        self._about = checkpoint.describe(rule, problem, self.config)
+        if self.config.validation_functions is None:
+            functions = self._team.together(lambda: affordable_functions(rule, problem, self.config, self._device))
+            self.config = replace(self.config, validation_functions=functions)
+            self._about["config"] = self.config.to_dict()
+        self._team.check_same({**checkpoint.flatten(self._about), "folder given": folder is not None})
+        self._team.broadcast(rule.state_dict().values())
+        self._files = None if self.folder is None else TrainingFolder(self.folder)
         self._optimizer = torch.optim.Adam(self._weights, lr=self.config.lr, fused=True)
-        self._generator = torch.Generator().manual_seed(self.config.seed)
+        self._shards = [Shard(number, problem, self.config, self._device) for number in shares]
         self._progress = Progress()
-        self._run: _Run | None = None
         # What is validated: the rule itself, or a copy with the average of its weights.
         self._judged = rule if self.config.average is None else copy.deepcopy(rule)
         self._best = _copy_weights(rule)
-        # Taken now: a problem may change while it is sampled from.
-        self._about = checkpoint.describe(rule, problem, self.config)
         self._begun = False  # whether the folder holds a checkpoint of this very training
 
     @property
@@ -137,46 +143,59 @@ class MetaTrainer:
         """Train until ``config.updates`` updates are done, or patience or time run out.
 
         Ctrl-C and SIGTERM take effect after the current update, once a checkpoint is written. Called
-        again, it carries on where it stopped.
+        again, it carries on where it stopped; in a process that ``torchrun`` has started anew, from the checkpoint.
 
         Args:
             resume: carry on from the checkpoint in the folder; the result is that of training which was
                 never interrupted, to the bit.
-            on_update: called after every update.
+            on_update: called after every update, on every rank.
 
         Raises:
             FileExistsError: if the folder holds files of an earlier training and ``resume`` is false.
             FileNotFoundError: if there is no checkpoint to resume from.
+            BlockingIOError: if another training is at work in the folder.
             OSError: if the folder can't be written.
-            ValueError: if the checkpoint is damaged or belongs to another training.
+            ValueError: if the checkpoint is damaged or belongs to another training, or the problem is at fault: shapes,
+                losses that do not depend on the parameters or are not finite at the starting points.
             FloatingPointError: if 100 updates in a row have a loss or meta-gradient that is not finite.
+            RuntimeError: if another rank has failed.
         """
-        self._open(resume)
-        begin = time.perf_counter()
-        before = self._progress.seconds
-        with DeferredSignals() as signals:
-            if not self._progress.history:
-                self._validate()
-            self._save()
-            self._begin_log()
-            while (stopped := self._stopped(self._progress.seconds - before)) is None:
-                lr, loss, grad_norm = self._update()
-                self._progress.seconds = before + time.perf_counter() - begin
-                validation_loss = self._validate() if self._progress.updates % self.config.validate_every == 0 else None
-                if self._progress.updates % (self.config.checkpoint_every or self.config.validate_every) == 0:
-                    self._save()
-                if on_update is not None:
-                    on_update(self._event(lr, loss, grad_norm, validation_loss))
-                if signals.received is not None:
-                    self._save()
-                    signals.deliver()
-            if self._progress.history[-1].update != self._progress.updates and stopped == "updates":
-                self._validate()
-            self._save()
-        result = self._result(stopped)
-        if self.folder is not None:
-            self._write_summary(result)
+        with ExitStack() as held:
+            self._open(resume, held)
+            with DeferredSignals() as signals:
+                stopped = self._train(signals, on_update)
+            result = self._result(stopped)
+            if self._files is not None:
+                self._team.from_leader(lambda: self._write_summary(result))
         return result
+
+    def _train(self, signals: DeferredSignals, on_update: Callable[[TrainEvent], None] | None) -> StopReason:
+        config, progress = self.config, self._progress
+        begin, before = time.perf_counter(), progress.seconds
+        if not progress.history:
+            self._validate()
+        self._save()
+        self._begin_log()
+        while (stopped := self._stopped(progress.seconds - before)) is None:
+            lr, loss, grad_norm = self._update(before - begin)
+            validated = self._validate() if progress.updates % config.validate_every == 0 else None
+            if progress.updates % (config.checkpoint_every or config.validate_every) == 0:
+                self._save()
+            event = self._event(lr, loss, grad_norm, validated)
+
+            def report(event: TrainEvent = event) -> int:
+                if on_update is not None:
+                    on_update(event)
+                return signals.received or 0
+
+            # Agreed on, as a rank that goes on alone would wait for the others.
+            if received := int(self._team.greatest(report)):
+                self._save()
+                signals.deliver(received)
+        if progress.history[-1].update != progress.updates and stopped == "updates":
+            self._validate()
+        self._save()
+        return stopped
 
     def _stopped(self, seconds: float) -> StopReason | None:
         progress, config = self._progress, self.config
@@ -190,32 +209,26 @@ class MetaTrainer:
             return "max_seconds"
         return None
 
-    def _update(self) -> tuple[float, float, float]:
-        """One segment and, if its loss and gradient are finite, one step of Adam: ``(lr, loss, gradient norm)``."""
+    def _update(self, clock: float) -> tuple[float, float, float]:
+        """One segment of every shard and, if loss and gradient are finite, one step of Adam.
+
+        Args:
+            clock: what to add to the time for the seconds of training.
+
+        Returns:
+            Learning rate, loss and norm of the gradient.
+        """
         config, progress = self.config, self._progress
-        if self._run is None:
-            self._run = self._start_run()
-        steps = min(config.truncation, config.horizon - progress.position)
-        segment = unroll(
-            self.rule,
-            self._run.instances,
-            steps,
-            params=self._run.params,
-            state=self._run.state,
-            generator=self._generator,
-            loss_weights=config.weights_between(progress.position, progress.position + steps),
-            objective=config.objective,
-            second_derivatives=config.second_derivatives,
-            coordinate_fraction=config.coordinate_fraction,
-            backend=config.backend,
-        )
-        self._optimizer.zero_grad()
-        segment.loss.backward()  # type: ignore[no-untyped-call]
+        count = sum(weight.numel() for weight in self._weights)
+        # Every shard's own, added up in one order: the bits of the mean do not depend on who computed which.
+        rows = self._team.gather(lambda: self._segments(clock), len(self._shards), count + 3)
+        mean = rows.mean(0)
+        self._set_gradient(mean[:count])
         norm = get_total_norm([weight.grad for weight in self._weights if weight.grad is not None])
-        lr, loss, grad_norm = config.lr_at(progress.updates), segment.loss.item(), norm.item()
-        self._run.params, self._run.state = segment.params, segment.state
+        lr, loss, grad_norm = config.lr_at(progress.updates), mean[count].item(), norm.item()
+        progress.seconds = rows[:, count + 2].max().item()
         progress.updates += 1
-        progress.position += steps
+        progress.position += min(config.truncation, config.horizon - progress.position)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             limit = self._norm_limit(grad_norm)
             if grad_norm > limit:
@@ -228,10 +241,30 @@ class MetaTrainer:
             progress.loss_sum += loss
             progress.grad_norm_sum += grad_norm
         else:
-            self._skip()
+            self._skip(lost_at_the_start=bool(rows[:, count + 1].any()))
         if progress.position >= config.horizon:
-            self._run, progress.position = None, 0
+            for shard in self._shards:
+                shard.end_run()
+            progress.position = 0
         return lr, loss, grad_norm
+
+    def _segments(self, clock: float) -> Tensor:
+        """A row for each shard of this rank: the meta-gradient, the loss, whether it was lost already at the starting
+        point, the seconds of training."""
+        rows = []
+        for shard in self._shards:
+            segment = shard.unroll(self.rule, self._progress.position)
+            grads = torch.autograd.grad(segment.loss, self._weights, materialize_grads=True)
+            loss = segment.loss.detach().double()
+            lost = not (self._progress.position or segment.losses[0].isfinite().all())
+            rest = loss.new_tensor([lost, clock + time.perf_counter()])
+            rows.append(torch.cat([*(grad.reshape(-1).double() for grad in grads), loss.view(1), rest]))
+        return torch.stack(rows)
+
+    def _set_gradient(self, flat: Tensor) -> None:
+        blocks = torch.split(flat, [weight.numel() for weight in self._weights])
+        for weight, block in zip(self._weights, blocks, strict=True):
+            weight.grad = block.view(weight.shape).to(weight.dtype)
 
     def _norm_limit(self, grad_norm: float) -> float:
         """The greatest norm that a meta-gradient of ``grad_norm`` may keep; the running mean takes it in."""
@@ -253,39 +286,30 @@ class MetaTrainer:
         for mean, weight in zip(self._judged.parameters(), self.rule.parameters(), strict=True):
             mean.lerp_(weight, 1 - decay)
 
-    def _skip(self) -> None:
-        """Count an update that could not be made, and leave the run that has gone astray."""
+    def _skip(self, *, lost_at_the_start: bool) -> None:
+        """Count an update that could not be made, and leave the runs that have gone astray."""
         progress = self._progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         progress.position = self.config.horizon
-        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if progress.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+            return
+        if lost_at_the_start:
             raise FloatingPointError(
-                f"{MAX_SKIPPED_IN_A_ROW} meta-updates in a row had a loss or meta-gradient that is not finite; lower "
-                f"lr (now {self.config.lr:g}), set clip (now {self.config.clip}) or shorten truncation "
-                f"(now {self.config.truncation})"
+                f"{MAX_SKIPPED_IN_A_ROW} meta-updates in a row had a loss that is not finite, the last one already at "
+                "the starting points, before the rule had taken a step; look at init and loss of the problem"
             )
+        raise FloatingPointError(
+            f"{MAX_SKIPPED_IN_A_ROW} meta-updates in a row had a loss or meta-gradient that is not finite; lower "
+            f"lr (now {self.config.lr:g}), set clip (now {self.config.clip}) or shorten truncation "
+            f"(now {self.config.truncation})"
+        )
 
-    def _start_run(self) -> _Run:
-        generator_state = self._generator.get_state()
-        instances = self.problem.sample(self.config.batch_size, generator=self._generator, device=self._device)
-        return _Run(instances, generator_state)
-
-    @torch.no_grad()
     def _validate(self) -> float:
-        """Mean loss after the last step on the validation instances; a row of the history.
-
-        It is that of the averaged weights, if there are any, and free of minibatch noise where instances allow it.
-        """
+        """Validate the rule, or that of the averaged weights; a row of the history."""
         config, progress = self.config, self._progress
-        generator = torch.Generator().manual_seed(config.validation_seed)
-        instances = self.problem.sample(config.validation_functions, generator=generator, device=self._device)
-        run = unroll(self._judged, instances, config.horizon, generator=generator, backend=config.backend)
-        losses = instances.evaluate(run.params) if isinstance(instances, Evaluates) else run.losses[-1]
-        validation_loss = losses.double().mean().item()
-        if not math.isfinite(validation_loss):
-            validation_loss = math.inf
-        if not progress.history or validation_loss < progress.best_validation_loss:
+        value = self._team.from_leader(lambda: validation_loss(self._judged, self.problem, self.config, self._device))
+        if not progress.history or value < progress.best_validation_loss:
             self._best = _copy_weights(self._judged)
             progress.best_update = progress.updates
         row = LogRow(
@@ -295,14 +319,14 @@ class MetaTrainer:
             loss=progress.loss_sum / progress.segments if progress.segments else None,
             grad_norm=progress.grad_norm_sum / progress.segments if progress.segments else None,
             skipped=progress.skipped,
-            validation_loss=validation_loss,
-            best_validation_loss=min(validation_loss, progress.best_validation_loss),
+            validation_loss=value,
+            best_validation_loss=min(value, progress.best_validation_loss),
         )
         progress.history.append(row)
         progress.segments, progress.loss_sum, progress.grad_norm_sum = 0, 0.0, 0.0
-        if self.folder is not None and self._begun:
-            write_log(self.folder / LOG, [row], append=True)
-        return validation_loss
+        if self._begun:
+            self._write_log()
+        return value
 
     def _event(self, lr: float, loss: float, grad_norm: float, validation_loss: float | None) -> TrainEvent:
         progress = self._progress
@@ -330,51 +354,59 @@ class MetaTrainer:
             stopped=stopped,
         )
 
-    def _open(self, resume: bool) -> None:
-        """Look at the folder, and restore what is to be resumed; no file is written before the first checkpoint."""
-        if self.folder is None:
+    def _open(self, resume: bool, held: ExitStack) -> None:
+        """Look at the folder, keep others out until ``held`` ends, and restore what is to be resumed."""
+        if self._files is None:
             if resume:
                 raise ValueError("resume=True needs a folder to resume from; give MetaTrainer(..., folder=...)")
             return
-        if resume:
-            self._restore(*checkpoint.load(self.folder / CHECKPOINT, self._about))
-        elif not self._begun:
-            found = [name for name in (CHECKPOINT, BEST, LOG, SUMMARY) if (self.folder / name).exists()]
-            if found:
-                raise FileExistsError(
-                    f"{self.folder} holds {', '.join(found)} of an earlier training; fit(resume=True) carries on with "
-                    "it, another folder starts anew"
-                )
-        _make_writable(self.folder)
+        if self._team.from_leader(lambda: self._claim(resume, held)):
+            path = self._files.checkpoint
+            self._restore(*self._team.together(lambda: checkpoint.load(path, self._about)))
+
+    def _claim(self, resume: bool, held: ExitStack) -> bool:
+        """Whether there is something to restore. No file is written before the first checkpoint."""
+        assert self._files is not None
+        resume = resume or (restarted() and self._files.checkpoint.exists())
+        if resume and not self._files.checkpoint.exists():
+            raise FileNotFoundError(f"there is no file {self._files.checkpoint} to resume from")
+        held.enter_context(self._files.held())
+        if not (resume or self._begun):
+            self._files.check_unused()
+        return resume
 
     def _begin_log(self) -> None:
         """Write the log up to the checkpoint there is; rows that were written after it are written again."""
-        if self.folder is not None:
-            write_log(self.folder / LOG, self._progress.history)
+        if self._files is not None:
+            self._write_log()
             self._begun = True
 
+    def _write_log(self) -> None:
+        files = self._files
+        assert files is not None
+        self._team.from_leader(lambda: files.write_log(self._progress.history))
+
     def _save(self) -> None:
-        if self.folder is None:
+        if self._files is None:
             return
+        mine = {name: tensor for shard in self._shards for name, tensor in shard.to_tensors().items()}
+        shards = self._team.collect(mine)
+        self._team.from_leader(lambda: self._write_checkpoint(shards))
+
+    def _write_checkpoint(self, shards: list[dict[str, Tensor]]) -> None:
+        assert self._files is not None
         tensors = {f"rule.{name}": tensor for name, tensor in self.rule.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
         if self._judged is not self.rule:
             tensors |= {f"average.{name}": tensor for name, tensor in self._judged.state_dict().items()}
         for index, entry in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entry.items()}
-        tensors["generator.now"] = self._generator.get_state()
-        if self._run is not None:
-            assert self._run.params is not None
-            assert self._run.state is not None
-            tensors["generator.run"] = self._run.generator_state
-            tensors["run.state"] = self._run.state
-            # Numbered, because the order of the names is that of the coordinates.
-            for index, (name, tensor) in enumerate(self._run.params.items()):
-                tensors[f"run.params.{index}.{name}"] = tensor
-        checkpoint.save(self.folder / CHECKPOINT, tensors, self._about, self._progress)
+        for shard in shards:
+            tensors |= shard
+        checkpoint.save(self._files.checkpoint, tensors, self._about, self._progress)
         best = self.best_rule
         if isinstance(best, CoordinatewiseLSTM):
-            best.save(self.folder / BEST)
+            best.save(self._files.best)
 
     def _restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
         self.rule.load_state_dict(checkpoint.select(tensors, "rule."))
@@ -387,20 +419,11 @@ class MetaTrainer:
             entries.setdefault(int(index), {})[name] = tensor
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": entries})
         self._progress = progress
-        self._run = None
-        if "generator.run" in tensors:
-            self._generator.set_state(tensors["generator.run"])
-            self._run = self._start_run()
-            params = checkpoint.select(tensors, "run.params.")
-            self._run.params = {
-                key.split(".", 1)[1]: params[key].to(self._device)
-                for key in sorted(params, key=lambda key: int(key.split(".", 1)[0]))
-            }
-            self._run.state = tensors["run.state"].to(self._device)
-        self._generator.set_state(tensors["generator.now"])
+        for shard in self._shards:
+            shard.restore(tensors)
 
     def _write_summary(self, result: TrainResult) -> None:
-        assert self.folder is not None
+        assert self._files is not None
         summary: dict[str, Any] = {
             "best_validation_loss": _finite_or_none(result.best_validation_loss),
             "best_update": result.best_update,
@@ -410,17 +433,7 @@ class MetaTrainer:
             "stopped": result.stopped,
             **self._about,
         }
-        (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _make_writable(folder: Path) -> None:
-    """Make the folder and try it, so that training does not find out after its first validation."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"can't write to the folder {folder}: {error.strerror or error}; name another one") from error
+        self._files.write_summary(summary)
 
 
 def _copy_weights(rule: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,57 @@
+"""What a rule is worth on instances that are always the same ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from l2l_fast.meta.config import TrainConfig
+from l2l_fast.meta.layout import Layout
+from l2l_fast.meta.unroll import unroll
+from l2l_fast.problems import Evaluates, Problem
+
+FUNCTIONS = 1024
+COORDINATES = 2_000_000
+LEAST_FUNCTIONS = 4
+
+
+def affordable_functions(rule: nn.Module, problem: Problem, config: TrainConfig, device: torch.device) -> int:
+    """1024, or as many instances as have two million coordinates in all, but at least 4."""
+    generator = torch.Generator().manual_seed(config.validation_seed)
+    instance = problem.sample(1, generator=generator, device=device)
+    coordinates = Layout(instance.init(generator=generator), rule).n
+    return max(LEAST_FUNCTIONS, min(FUNCTIONS, COORDINATES // coordinates))
+
+
+@torch.no_grad()
+def validation_loss(rule: nn.Module, problem: Problem, config: TrainConfig, device: torch.device) -> float:
+    """Mean loss after the last step on the validation instances; infinite if it is not finite.
+
+    It is free of minibatch noise where instances allow it.
+
+    Raises:
+        ValueError: if a loss is not finite before the first step, or not positive where its logarithm is the objective:
+            that is no fault of the rule.
+    """
+    assert config.validation_functions is not None
+    generator = torch.Generator().manual_seed(config.validation_seed)
+    instances = problem.sample(config.validation_functions, generator=generator, device=device)
+    run = unroll(rule, instances, config.horizon, generator=generator, backend=config.backend)
+    first = run.losses[0]
+    if not first.isfinite().all():
+        bad = first[~first.isfinite()]
+        raise ValueError(
+            f"the problem has losses that are not finite at the starting points, before the rule has taken a step: "
+            f"{len(bad)} of {len(first)} instances, the first of them {bad[0].item()}; look at init and loss of its "
+            "instances"
+        )
+    if config.objective == "log" and first.min() <= 0:
+        raise ValueError(
+            f"objective='log' needs positive losses, but the problem has {first.min().item():g} at a starting point; "
+            "use objective='loss'"
+        )
+    losses = instances.evaluate(run.params) if isinstance(instances, Evaluates) else run.losses[-1]
+    mean = losses.double().mean().item()
+    return mean if math.isfinite(mean) else math.inf
