@@ -77,7 +77,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Nanoseconds per coordinate and step over the number of coordinates, one panel per kind of work."""
-    series: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    measured: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for benchmark in results["benchmarks"]:
         kind, _, rest = benchmark["group"].partition(" n=")
         tensors = rest.partition("tensors=")[2]
@@ -86,7 +86,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
         info = benchmark["extra_info"]
         if "ns_per_coordinate_step" not in info:
             continue
-        series[kind][label(benchmark)].append((info["n"], info["ns_per_coordinate_step"]))
+        measured[kind][label(benchmark)].append((info["n"], info["ns_per_coordinate_step"]))
+    # One size is a number for the table and no line.
+    series = {kind: lines for kind, lines in measured.items() if any(len(points) > 1 for points in lines.values())}
     figure, axes = plt.subplots(1, len(series), figsize=(5 * len(series), 4.5), squeeze=False, layout="constrained")
     for axis, (kind, lines) in zip(axes[0], series.items(), strict=True):
         for name, points in lines.items():
