@@ -122,12 +122,14 @@ class Walk:
         d_weights = torch.zeros_like(weights, dtype=torch.float64)
         d_point = torch.zeros_like(grads[0], dtype=torch.float64).add_(d_points[-1], alpha=self.loss_weights[-1])
         d_state = weights.new_zeros(grads.shape[1], 2, 2, self.spec.hidden_size)
+        # Written again for every checkpoint: the system takes longer to hand out memory than a state takes to copy.
+        states = weights.new_empty(self.interval, *d_state.shape)
         for block, checkpoint in reversed(list(enumerate(checkpoints))):
             first, end = block * self.interval, min((block + 1) * self.interval, len(points))
-            states = self._states(weights, grads[first : end - 1], checkpoint)
+            self._recompute(weights, grads[first : end - 1], checkpoint, states)
             for t in reversed(range(first, end)):
                 d_step, d_grad, d_state = self.backend.step_backward(
-                    self.spec, weights, grads[t], states.pop(), d_point.to(weights.dtype), d_state
+                    self.spec, weights, grads[t], states[t - first], d_point.to(weights.dtype), d_state
                 )
                 d_weights += d_step
                 if t > 0 or need_d_start:
@@ -135,12 +137,11 @@ class Walk:
                     d_point += self.optimizee.hessian_product(t, points[t], d_grad)
         return d_weights, d_point, d_state
 
-    def _states(self, weights: Tensor, grads: Tensor, checkpoint: Tensor) -> list[Tensor]:
-        """The states ``[N, 2, 2, H]`` before, between and after the steps with the gradients ``grads [k, N]``."""
-        states = [self.backend.unpack_state(checkpoint, grads.shape[1], self.spec)]
-        for grad in grads:
-            states.append(self.backend.step(self.spec, weights, grad, states[-1])[1])
-        return states
+    def _recompute(self, weights: Tensor, grads: Tensor, checkpoint: Tensor, states: Tensor) -> None:
+        """Fill ``states [k + 1 or more, N, 2, 2, H]``: before, between and after steps with ``grads [k, N]``."""
+        states[0].copy_(self.backend.unpack_state(checkpoint, grads.shape[1], self.spec))
+        for t, grad in enumerate(grads):
+            states[t + 1].copy_(self.backend.step(self.spec, weights, grad, states[t])[1])
 
 
 class _SecondOrderLoss(torch.autograd.Function):
