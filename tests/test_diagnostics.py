@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from l2l_fast.meta.diagnostics import BINS, Diagnosis, diagnose
+from l2l_fast import reference
+from l2l_fast.meta.diagnostics import BINS, WATCHED, Diagnosis, diagnose
 from l2l_fast.problems import Quadratic
 from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import LogAndSign, Preprocess
@@ -114,6 +116,44 @@ def test_verdict_without_findings() -> None:
     assert "Gate 1.f is saturated in 80%" in replace(plain, saturation={"1.f": 0.8}).verdict()
     uneven = replace(plain, meta_gradient_norms=torch.tensor([1.0, 1000.0]))
     assert "ranges from 1 to 1e+03 over the segments" in uneven.verdict()
+
+
+class Wide(Quadratic):
+    """``|theta|^2`` of 20 000 coordinates, of which nobody can afford more than one."""
+
+    def sample(self, batch_size: int, **options: object) -> WideInstances:  # type: ignore[override]
+        return WideInstances(batch_size)
+
+
+class WideInstances:
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def init(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        assert self.batch == 1
+        return {"theta": torch.randn(self.batch, 20_000, generator=generator)}
+
+    def loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+        return params["theta"].square().sum(1)
+
+
+def test_large_problems_are_watched_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer instances, and gates and features of some of their coordinates, however many there are."""
+    looked_at: list[int] = []
+    forward = reference._forward
+
+    def counting(spec: object, weights: object, grad: Tensor, state: object) -> object:
+        looked_at.append(len(grad))
+        return forward(spec, weights, grad, state)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("l2l_fast.meta.diagnostics.reference._forward", counting)
+    diagnosis = diagnose(make_rule(LogAndSign()), Wide(), steps=3, truncation=2)
+    assert looked_at[:3] == [WATCHED] * 3
+    assert [int(histogram.counts.sum()) for histogram in diagnosis.features] == [WATCHED * 3] * 2
+    assert diagnosis.losses.shape == (4,)
+    assert diagnosis.losses[0].item() == pytest.approx(20_000, rel=0.05)
+    assert diagnose(make_rule(), Quadratic(), steps=2, functions=3).features[0].counts.sum() == 3 * 10 * 2
+    assert diagnose(make_rule(), Quadratic(), steps=2).features[0].counts.sum() == 64 * 10 * 2
 
 
 def test_bad_input() -> None:

@@ -9,11 +9,16 @@ from torch import Tensor
 
 from l2l_fast import reference
 from l2l_fast.meta.unroll import unroll
+from l2l_fast.meta.validation import affordable_functions
 from l2l_fast.problems import Instances, Problem
 from l2l_fast.rule import CoordinatewiseLSTM
 
 SATURATED = 0.01  # within this share of its range of either end, a gate passes next to no gradient
 BINS = 20
+
+FUNCTIONS = 64
+COORDINATES = 2**15  # of all instances, unless their number is given
+WATCHED = 2048  # coordinates whose gates and features are looked at
 
 # Where the verdict draws its lines.
 _FEW_DOWNHILL = 0.05
@@ -25,7 +30,7 @@ _GRADIENT_RATIO = 100.0
 
 @dataclass(frozen=True)
 class Histogram:
-    """Distribution of one feature; gradients that are not finite are left out.
+    """Distribution of one feature over the coordinates watched; gradients that are not finite are left out.
 
     Attributes:
         edges: ``[BINS + 1]``.
@@ -44,7 +49,8 @@ class Diagnosis:
         losses: ``[steps + 1]``, mean over instances of ``f(theta_t)``.
         cosine: ``[steps]``, mean over instances of the cosine between update and negative gradient.
         relative_update: ``[steps]``, mean over instances of ``|update| / |theta|``.
-        saturation: share of gate values near either end of their range, by layer and gate (``"1.f"``).
+        saturation: share of gate values near either end of their range, by layer and gate (``"1.f"``), in the
+            coordinates watched: 2048, evenly spaced, or all.
         features: a histogram per feature.
         meta_gradient_norms: ``[segments]``, norm of the meta-gradient of each segment of the run.
     """
@@ -124,13 +130,14 @@ def diagnose(
     *,
     steps: int = 100,
     truncation: int = 20,
-    functions: int = 64,
+    functions: int | None = None,
     seed: int = 0,
     second_derivatives: bool = False,
 ) -> Diagnosis:
     """Watch ``rule`` for ``steps`` steps on ``functions`` instances; it stays as it is.
 
     Args:
+        functions: ``None`` is 64, or as many as have 32 768 coordinates, but at least 1.
         truncation: steps of a segment, as in training.
         seed: of the instances.
         second_derivatives: whether meta-gradients flow through the gradients of the instances, as in training.
@@ -142,10 +149,13 @@ def diagnose(
     if not isinstance(rule, CoordinatewiseLSTM):
         raise TypeError(f"rule must be a CoordinatewiseLSTM, got {type(rule).__name__}")
     for name, value in (("steps", steps), ("truncation", truncation), ("functions", functions)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    device = rule.output.weight.device
+    if functions is None:
+        functions = affordable_functions(rule, problem, device, most=FUNCTIONS, coordinates=COORDINATES, least=1)
     generator = torch.Generator().manual_seed(seed)
-    instances = problem.sample(functions, generator=generator, device=rule.output.weight.device)
+    instances = problem.sample(functions, generator=generator, device=device)
     here = generator.get_state()
     observed = _observe(rule, instances, steps, generator)
     generator.set_state(here)
@@ -156,11 +166,13 @@ def diagnose(
 def _observe(
     rule: CoordinatewiseLSTM, instances: Instances, steps: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, float], tuple[Histogram, ...]]:
-    """All but the meta-gradients, on the reference implementation."""
+    """All but the meta-gradients; gates and features by the reference implementation."""
     spec, weights = rule.spec, rule.flat_weights().detach()
     params = instances.init(generator=generator)
     batch = next(iter(params.values())).shape[0]
-    state = rule.init_state(sum(p.numel() for p in params.values()), dtype=weights.dtype)
+    n = sum(p.numel() for p in params.values())
+    state = rule.init_state(n, dtype=weights.dtype)
+    watched = torch.linspace(0, n - 1, min(n, WATCHED), dtype=torch.float64, device=state.device).round().long()
     losses, cosines, relative, features = [], [], [], []
     saturated: dict[str, list[Tensor]] = {}
     for _ in range(steps):
@@ -168,8 +180,9 @@ def _observe(
         loss = instances.loss(leaves, generator=generator)
         blocks = torch.autograd.grad(loss.sum(), list(leaves.values()), materialize_grads=True)
         grad = torch.cat([block.reshape(-1) for block in blocks])
-        x, *cells = reference._forward(spec, weights, grad, state)
-        update, state = reference.step(spec, weights, grad, state)
+        x, *cells = reference._forward(spec, weights, grad[watched], state[watched])
+        with torch.no_grad():
+            update, state = rule(grad, state)
         for layer, cell in enumerate(cells, start=1):
             for gate in ("i", "f", "o"):
                 near_end = (getattr(cell, gate) - 0.5).abs() > 0.5 - SATURATED

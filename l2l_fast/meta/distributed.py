@@ -183,8 +183,10 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     if not launched() or dist.is_initialized():
         yield device
         return
+    from l2l_fast.meta.rendezvous import init_process_group  # not every build of PyTorch has what it imports
+
     # gloo for what lives on the CPU, such as the running state that a checkpoint collects.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:

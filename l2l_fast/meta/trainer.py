@@ -24,7 +24,7 @@ from l2l_fast.meta.folder import TrainingFolder
 from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent
 from l2l_fast.meta.shard import Shard
-from l2l_fast.meta.validation import affordable_functions, validation_loss
+from l2l_fast.meta.validation import validation_functions, validation_loss
 from l2l_fast.problems import Problem
 from l2l_fast.rule import CoordinatewiseLSTM
 
@@ -111,7 +111,7 @@ class MetaTrainer:
         # Taken now: a problem may change while it is sampled from.
         self._about = checkpoint.describe(rule, problem, self.config)
         if self.config.validation_functions is None:
-            functions = self._team.together(lambda: affordable_functions(rule, problem, self.config, self._device))
+            functions = self._team.together(lambda: validation_functions(rule, problem, self._device))
             self.config = replace(self.config, validation_functions=functions)
             self._about["config"] = self.config.to_dict()
         self._team.check_same({**checkpoint.flatten(self._about), "folder given": folder is not None})

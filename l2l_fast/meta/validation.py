@@ -17,12 +17,19 @@ COORDINATES = 2_000_000
 LEAST_FUNCTIONS = 4
 
 
-def affordable_functions(rule: nn.Module, problem: Problem, config: TrainConfig, device: torch.device) -> int:
-    """1024, or as many instances as have two million coordinates in all, but at least 4."""
-    generator = torch.Generator().manual_seed(config.validation_seed)
+def affordable_functions(
+    rule: nn.Module, problem: Problem, device: torch.device, *, most: int, coordinates: int, least: int
+) -> int:
+    """How many instances have at most so many ``coordinates`` in all; between ``least`` and ``most``."""
+    generator = torch.Generator().manual_seed(0)
     instance = problem.sample(1, generator=generator, device=device)
-    coordinates = Layout(instance.init(generator=generator), rule).n
-    return max(LEAST_FUNCTIONS, min(FUNCTIONS, COORDINATES // coordinates))
+    each = Layout(instance.init(generator=generator), rule).n
+    return max(least, min(most, coordinates // each))
+
+
+def validation_functions(rule: nn.Module, problem: Problem, device: torch.device) -> int:
+    """How many instances to validate on: 1024, or as many as have two million coordinates, but at least 4."""
+    return affordable_functions(rule, problem, device, most=FUNCTIONS, coordinates=COORDINATES, least=LEAST_FUNCTIONS)
 
 
 @torch.no_grad()
@@ -52,6 +59,13 @@ def validation_loss(rule: nn.Module, problem: Problem, config: TrainConfig, devi
             f"objective='log' needs positive losses, but the problem has {first.min().item():g} at a starting point; "
             "use objective='loss'"
         )
-    losses = instances.evaluate(run.params) if isinstance(instances, Evaluates) else run.losses[-1]
+    losses = run.losses[-1]
+    if isinstance(instances, Evaluates):
+        losses = instances.evaluate(run.params)
+        if losses.shape != first.shape:
+            raise ValueError(
+                f"instances.evaluate must return one loss per instance, shape {tuple(first.shape)}, "
+                f"got {tuple(losses.shape)}"
+            )
     mean = losses.double().mean().item()
     return mean if math.isfinite(mean) else math.inf
