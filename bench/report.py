@@ -13,6 +13,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+# Points (coordinates, nanoseconds) by what was run, by kind of work.
+Series = dict[str, dict[str, list[tuple[int, float]]]]
+
 USAGE = "usage: python bench/report.py RESULTS.json  (writes RESULTS.md and RESULTS.png beside it)"
 
 
@@ -75,9 +78,9 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Nanoseconds per coordinate and step over the number of coordinates, one panel per kind of work."""
-    measured: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+def lines_to_plot(results: dict[str, Any]) -> Series:
+    """What was timed at several sizes; a single one is a number for the table and no line."""
+    measured: Series = defaultdict(lambda: defaultdict(list))
     for benchmark in results["benchmarks"]:
         kind, _, rest = benchmark["group"].partition(" n=")
         tensors = rest.partition("tensors=")[2]
@@ -87,8 +90,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
         if "ns_per_coordinate_step" not in info:
             continue
         measured[kind][label(benchmark)].append((info["n"], info["ns_per_coordinate_step"]))
-    # One size is a number for the table and no line.
-    series = {kind: lines for kind, lines in measured.items() if any(len(points) > 1 for points in lines.values())}
+    return {kind: lines for kind, lines in measured.items() if any(len(points) > 1 for points in lines.values())}
+
+
+def plot(series: Series, path: Path) -> None:
+    """Nanoseconds per coordinate and step over the number of coordinates, one panel per kind of work."""
     figure, axes = plt.subplots(1, len(series), figsize=(5 * len(series), 4.5), squeeze=False, layout="constrained")
     for axis, (kind, lines) in zip(axes[0], series.items(), strict=True):
         for name, points in lines.items():
@@ -114,9 +120,11 @@ def main(arguments: list[str]) -> int:
     results = json.loads(source.read_text())
     text = markdown(results)
     source.with_suffix(".md").write_text(text)
-    plot(results, source.with_suffix(".png"))
     print(text)
-    print(f"wrote {source.with_suffix('.md')} and {source.with_suffix('.png')}")
+    print(f"wrote {source.with_suffix('.md')}")
+    if series := lines_to_plot(results):
+        plot(series, source.with_suffix(".png"))
+        print(f"wrote {source.with_suffix('.png')}")
     return 0
 
 
