@@ -118,8 +118,8 @@ def test_search_in_processes_with_a_problem_of_the_user(tmp_path: Path) -> None:
 
 
 def test_search_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
     message = error_of("train", "quadratic", *SMALL, "--search", "2", "--out", tmp_path / "out")
     assert "--search makes trials in processes of its own (--jobs), not in those of torchrun" in message
 

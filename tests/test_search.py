@@ -212,14 +212,20 @@ def test_no_process_outlives_the_search(tmp_path: Path, number: signal.Signals) 
     (tmp_path / "script.py").write_text(
         SCRIPT.format(tests=os.path.dirname(__file__), folder=str(started), storage=storage)
     )
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py")], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     wait_for(lambda: len(list(started.iterdir())) == 2)
     children = [int(path.name) for path in started.iterdir()]
     assert all(map(runs, children))
-    parent.send_signal(number)
+    if number == signal.SIGINT:  # as a terminal sends it, to all
+        os.killpg(parent.pid, number)
+    else:
+        parent.send_signal(number)
     _, errors = parent.communicate(timeout=60)
     if number == signal.SIGINT:
         assert errors.rstrip().endswith("KeyboardInterrupt")
+        assert errors.count("Traceback") == 1
     wait_for(lambda: not any(map(runs, children)))
     result = search(Slow(), make_rule, CONFIG, 2, storage=storage)
     assert result == search(Quadratic(), make_rule, CONFIG, 2)

@@ -159,7 +159,7 @@ def _number(value: float | None) -> Tensor:
 
 def launched() -> bool:
     """Whether ``torchrun``, or what sets the same variables, has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def restarted() -> bool:

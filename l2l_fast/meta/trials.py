@@ -94,7 +94,12 @@ class _Running:
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(sender, *payload), name=f"trial {number}")
-        process.start()
+        # Ctrl-C reaches the process too, but it is this one that ends it. The mask is inherited.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         sender.close()  # now only the process has it, and its end is the end of the pipe
         return cls(number, attempt, process, receiver)
 
@@ -128,7 +133,6 @@ class _Failure:
 def _work(results: Connection, rule: bytes, make_problem: bytes, config: TrainConfig) -> None:
     """Make one trial; all that runs in its process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which sees to this process
     torch.set_num_threads(1)
     try:
         results.send(best_validation_loss(pickle.loads(rule), pickle.loads(make_problem)(), config))
