@@ -8,6 +8,7 @@ import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -434,3 +435,62 @@ def test_no_third_derivative() -> None:
     (grad,) = torch.autograd.grad(run.loss, rule.output.bias, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         grad.sum().backward()  # type: ignore[no-untyped-call]
+
+
+# The bounded slope of the preprocessing
+
+
+def _bounded_by_autograd(floor: float) -> tuple[Tensor, Tensor]:
+    """Meta-gradients of two steps: by :func:`unroll`, and by autograd with the bound written out."""
+    spec = RuleSpec()
+    rule = make_rule(spec, make_weights(spec, seeded(0)).double())
+    instances = Quadratic(dim=6).sample(3, generator=torch.Generator().manual_seed(1))
+    instances.w, instances.y = instances.w.double(), instances.y.double()
+    instances._minus_y = instances._minus_y.double()
+    params = {name: p.double() for name, p in instances.init(generator=torch.Generator().manual_seed(2)).items()}
+    run = unroll(rule, instances, 2, params=params, second_derivatives=True, slope_floor=floor, backend="reference")
+    actual = torch.autograd.grad(run.loss, list(rule.parameters()))
+
+    weights, theta = rule.flat_weights(), params["theta"]
+    state, total = rule.init_state(18, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for t in range(3):
+        theta = theta if theta.requires_grad else theta.requires_grad_()
+        loss = instances.loss({"theta": theta})
+        total = total + loss.mean()
+        if t == 2:
+            break
+        (grad,) = torch.autograd.grad(loss.sum(), theta, create_graph=True)
+        rms = grad.detach().square().mean(1, keepdim=True).sqrt()
+        share = (grad.detach().abs() / (floor * rms)).clamp(max=1) if floor else torch.ones_like(grad)
+        fed = grad.detach() + share * (grad - grad.detach())
+        update, state = reference.step(rule.spec, weights, fed.reshape(-1), state)
+        theta = theta + update.view(3, 6)
+    expected = torch.autograd.grad(total, list(rule.parameters()))
+    return torch.cat([g.reshape(-1) for g in actual]), torch.cat([g.reshape(-1) for g in expected])
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.5, 3.0])
+def test_slope_floor_equals_autograd_with_the_bound_written_out(floor: float) -> None:
+    actual, expected = _bounded_by_autograd(floor)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+def test_slope_floor_matters() -> None:
+    exact, _ = _bounded_by_autograd(0.0)
+    bounded, _ = _bounded_by_autograd(3.0)
+    assert (exact - bounded).norm() > 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "options"),
+    [
+        (LogAndSign(), {"slope_floor": 0.1}),
+        (None, {"slope_floor": 0.1, "second_derivatives": True}),
+        (LogAndSign(), {"slope_floor": -1.0, "second_derivatives": True}),
+        (LogAndSign(), {"slope_floor": math.nan, "second_derivatives": True}),
+    ],
+)
+def test_slope_floor_is_refused_where_it_has_no_meaning(preprocess: LogAndSign | None, options: dict[str, Any]) -> None:
+    instances = Quadratic().sample(2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="slope_floor"):
+        unroll(CoordinatewiseLSTM(preprocess=preprocess), instances, 2, **options)

@@ -124,6 +124,9 @@ def train(
         bool,
         typer.Option("--second-derivatives", help="Differentiate through the gradients as well.", rich_help_panel=_RUN),
     ] = False,
+    slope_floor: Annotated[
+        float, typer.Option(help="Bound on the slope of the preprocessing in second derivatives; 0.1 for networks.")
+    ] = TrainConfig.slope_floor,
     coordinate_fraction: Annotated[
         float,
         typer.Option(help="Share of the coordinates that enter a meta-gradient, chosen anew.", rich_help_panel=_RUN),
@@ -215,6 +218,7 @@ def train(
         average=average,
         objective=objective.value,
         second_derivatives=second_derivatives,
+        slope_floor=slope_floor,
         coordinate_fraction=coordinate_fraction,
         loss_power=loss_power,
         validate_every=validate_every,

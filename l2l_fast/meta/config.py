@@ -38,6 +38,7 @@ class TrainConfig:
             ``None`` takes the weights themselves.
         objective: ``"loss"``, or ``"log"`` to train on ``log f``, for problems with positive losses.
         second_derivatives: differentiate through the gradients of the instances as well.
+        slope_floor: bound on the slope of the preprocessing in second derivatives, see :func:`unroll`.
         coordinate_fraction: share of the coordinates that enter a meta-gradient, see :func:`unroll`.
         loss_weights: weight of the loss at each of the ``horizon + 1`` points of a run; ``None`` is 1 for each.
         loss_power: in place of ``loss_weights``, weights ``(power + 1) (t / horizon) ** power``: with 0 every point
@@ -70,6 +71,7 @@ class TrainConfig:
     average: float | None = None
     objective: Objective = "loss"
     second_derivatives: bool = False
+    slope_floor: float = 0.0
     coordinate_fraction: float = 1.0
     loss_weights: tuple[float, ...] | None = None
     loss_power: float = 0.0
@@ -111,6 +113,10 @@ class TrainConfig:
         if self.objective not in get_args(Objective):
             known = ", ".join(map(repr, get_args(Objective)))
             raise ValueError(f"unknown objective {self.objective!r}; known objectives: {known}")
+        if not (math.isfinite(self.slope_floor) and self.slope_floor >= 0):
+            raise ValueError(f"slope_floor must be finite and not negative, got {self.slope_floor}")
+        if self.slope_floor and not self.second_derivatives:
+            raise ValueError("slope_floor has a meaning with second derivatives only; set it to 0")
         if self.coordinate_fraction < 1 and self.second_derivatives:
             raise ValueError("second derivatives need every coordinate; set coordinate_fraction to 1")
         if not (math.isfinite(self.loss_power) and self.loss_power >= 0):

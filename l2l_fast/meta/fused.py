@@ -121,7 +121,7 @@ class FusedUnroll:
         )
         return loss, run
 
-    def second_order(self, steps: int, meta_loss: MetaLoss) -> tuple[Tensor, Rollout]:
+    def second_order(self, steps: int, meta_loss: MetaLoss, slope_floor: float) -> tuple[Tensor, Rollout]:
         """Meta-loss and run; the backward walks back step by step, and asks the instances for curvature."""
         layout, grads = self.layout, self.start.new_empty(steps + 1, self.layout.n)
         if self.generator is None:
@@ -133,7 +133,7 @@ class FusedUnroll:
         optimizee = Optimizee(self.instances, layout, self.generator.device, recorder.generator_states)
         loss_weights = (meta_loss.weights / layout.batch).tolist()
         loss = second_order_loss(
-            Walk(self.spec, self.backend, optimizee, recorder.interval, loss_weights),
+            Walk(self.spec, self.backend, optimizee, recorder.interval, loss_weights, slope_floor),
             meta_loss.value(run.losses),
             self.weights,
             self.start,

@@ -41,6 +41,14 @@ class Layout:
         """One value per instance ``[batch]`` as one per coordinate ``[N]``."""
         return torch.cat([values.repeat_interleave(size // self.batch) for size in self.sizes])
 
+    def root_mean_squares(self, flat: Tensor) -> Tensor:
+        """Of each instance's part of each parameter in ``flat [N]``, one per coordinate ``[N]``."""
+        means = []
+        for block, size in zip(torch.split(flat, self.sizes), self.sizes, strict=True):
+            squares = block.view(self.batch, -1).square().mean(1)
+            means.append(squares.sqrt().repeat_interleave(size // self.batch))
+        return torch.cat(means)
+
     def check_losses(self, losses: Tensor) -> None:
         if losses.shape != (self.batch,):
             raise ValueError(

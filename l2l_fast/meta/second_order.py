@@ -90,6 +90,8 @@ class Walk:
     Attributes:
         interval: steps from one checkpoint to the next.
         loss_weights: weight of the term of each of the ``T + 1`` points in the meta-loss.
+        slope_floor: gradients below this multiple of the root mean square of their tensor count as if they were at
+            it in the slope of the preprocessing.
     """
 
     spec: RuleSpec
@@ -97,6 +99,7 @@ class Walk:
     optimizee: Optimizee
     interval: int
     loss_weights: list[float]
+    slope_floor: float
 
     def back(
         self,
@@ -134,8 +137,19 @@ class Walk:
                 d_weights += d_step
                 if t > 0 or need_d_start:
                     d_point.add_(d_points[t], alpha=self.loss_weights[t])
-                    d_point += self.optimizee.hessian_product(t, points[t], d_grad)
+                    d_point += self.optimizee.hessian_product(t, points[t], self._bound_slope(grads[t], d_grad))
         return d_weights, d_point, d_state
+
+    def _bound_slope(self, grad: Tensor, d_grad: Tensor) -> Tensor:
+        """``d_grad [N]`` with the slope of ``log |g|``, which is ``1 / g``, bounded.
+
+        Where a gradient passes through zero the exact slope is large without telling anything of the points nearby.
+        Over many steps such slopes multiply, and the meta-gradient drowns in them.
+        """
+        if not self.slope_floor:
+            return d_grad
+        floor = self.slope_floor * self.optimizee.layout.root_mean_squares(grad)
+        return d_grad * torch.where(floor > 0, grad.abs() / floor, 1.0).clamp(max=1)
 
     def _recompute(self, weights: Tensor, grads: Tensor, checkpoint: Tensor, states: Tensor) -> None:
         """Fill ``states [k + 1 or more, N, 2, 2, H]``: before, between and after steps with ``grads [k, N]``."""

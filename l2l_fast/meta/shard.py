@@ -59,6 +59,7 @@ class Shard:
             loss_weights=config.weights_between(position, position + steps),
             objective=config.objective,
             second_derivatives=config.second_derivatives,
+            slope_floor=config.slope_floor,
             coordinate_fraction=config.coordinate_fraction,
             backend=config.backend,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from l2l_fast.meta.layout import Layout
 from l2l_fast.meta.objective import MetaLoss, Objective, as_meta_loss
 from l2l_fast.problems import Instances
 from l2l_fast.rule import CoordinatewiseLSTM
+from l2l_fast.spec import LogAndSign
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def unroll(
     loss_weights: Sequence[float] | Tensor | None = None,
     objective: Objective = "loss",
     second_derivatives: bool = False,
+    slope_floor: float = 0.0,
     coordinate_fraction: float = 1.0,
     backend: str | None = None,
 ) -> Unroll:
@@ -64,6 +67,9 @@ def unroll(
         loss_weights: ``[steps + 1]``, the weights ``w_t``; ``None`` is 1 for every step.
         objective: ``"loss"``, or ``"log"`` to sum ``log f(theta_t)``, for positive losses.
         second_derivatives: differentiate through the gradients of the instances as well.
+        slope_floor: with second derivatives through :class:`LogAndSign`, gradients below this multiple of the root
+            mean square of their tensor count as if they were at it in the slope ``1 / (p g)`` of the logarithm. 0 is
+            exact; over a hundred steps the exact meta-gradient of a network explodes, and 0.1 keeps it in bounds.
         coordinate_fraction: share of the coordinates that enter the meta-gradient, chosen at random and so that it
             stays unbiased; the backward takes that share of its time. First order only.
         backend: name of a backend, or ``None`` for the fastest that works.
@@ -86,6 +92,7 @@ def unroll(
         raise TypeError(f"backend={backend!r} has no meaning for a {type(rule).__name__}; leave it out")
     meta_loss = as_meta_loss(loss_weights, steps, objective)
     _check_fraction(coordinate_fraction, rule, second_derivatives)
+    _check_slope_floor(slope_floor, rule, second_derivatives)
     _check_instances(instances, params is None)
     if params is None:
         params = instances.init(generator=generator)
@@ -99,7 +106,7 @@ def unroll(
     if not fused.wanted:
         loss, run = fused.forward_only(steps, meta_loss)
     elif second_derivatives:
-        loss, run = fused.second_order(steps, meta_loss)
+        loss, run = fused.second_order(steps, meta_loss, slope_floor)
     else:
         if coordinate_fraction < 1 and (start.requires_grad or (state is not None and state.requires_grad)):
             raise ValueError("coordinate_fraction below 1 gives no derivatives by params and state; detach them")
@@ -155,6 +162,17 @@ def _stepwise(
     if total is not None:
         value = total + (value - total.detach())  # also counts the points that no meta-gradient reaches
     return Unroll(value, values, layout.views(theta.detach()), state.detach())
+
+
+def _check_slope_floor(slope_floor: float, rule: nn.Module, second_derivatives: bool) -> None:
+    if isinstance(slope_floor, bool) or not isinstance(slope_floor, int | float) or not 0 <= slope_floor < math.inf:
+        raise ValueError(f"slope_floor must be finite and not negative, got {slope_floor!r}")
+    logarithm = isinstance(rule, CoordinatewiseLSTM) and isinstance(rule.spec.preprocess, LogAndSign)
+    if slope_floor and not (second_derivatives and logarithm):
+        raise ValueError(
+            "slope_floor bounds the slope of LogAndSign in second derivatives; it needs second_derivatives=True and a "
+            "CoordinatewiseLSTM with that preprocessing"
+        )
 
 
 def _check_fraction(fraction: float, rule: nn.Module, second_derivatives: bool) -> None:
