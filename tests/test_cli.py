@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from l2l_fast import CoordinatewiseLSTM, LogAndSign, __version__
 from l2l_fast.backends import get
-from l2l_fast.baselines import Tuned
 from l2l_fast.cli import main
 from l2l_fast.cli.app import app
 from l2l_fast.problems import PROBLEMS
@@ -222,6 +221,33 @@ def test_evaluate(rule_file: Path, tmp_path: Path) -> None:
     assert (out / "baselines.json").exists()
 
 
+def test_evaluate_a_network(rule_file: Path, tmp_path: Path) -> None:
+    settings = ["--set", "hidden=3", "--set", "activation=relu"]
+    options: list[str | Path] = ["--rule", rule_file, "--runs", "2", "--steps", "2", "--out", tmp_path / "out"]
+    code, printed, _ = run("evaluate", "digits", *settings, *options)
+    assert code == 0
+    assert "digits hidden=3 activation=relu: loss at step 2" in printed
+    for expected in ("fixed training data", "minibatch", "test data"):
+        assert expected in printed
+    values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert values["other_measures"].keys() == {"minibatch", "test", "mean"}
+
+
+def test_evaluate_a_problem_of_the_user(rule_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from l2l_fast.problems import Quadratic\ndef make(dim=3):\n    return Quadratic(dim=dim)\n"
+    )
+    options: list[str | Path] = ["--rule", rule_file, "--runs", "4", "--steps", "2", "--out", tmp_path / "out"]
+    code, printed, _ = run("evaluate", f"{tmp_path / 'mine.py'}:make", *options, "--set", "dim=2")
+    assert code == 0
+    assert "mean over 4 fresh functions" in printed
+    tuned = (tmp_path / "out" / "baselines.json").read_text()
+    assert "Quadratic(dim=2" in tuned
+    (tmp_path / "out" / "baselines.json").write_text(tuned.replace('"point": ', '"point": -9'))
+    assert run("evaluate", "--problem", f"{tmp_path / 'mine.py'}:make", *options, "--set", "dim=2", "--retune")[0] == 0
+    assert (tmp_path / "out" / "baselines.json").read_text() == tuned
+
+
 def test_evaluate_bad_rules(rule_file: Path, tmp_path: Path) -> None:
     message = error_of("evaluate", "quadratic", "--rule", "cubic")
     assert "unknown rule 'cubic'" in message
@@ -244,21 +270,6 @@ def test_unwritable_folder(rule_file: Path, tmp_path: Path, command: list[str]) 
     command = [str(rule_file) if arg == "RULE" else arg for arg in command]
     message = error_of(*command, "--out", tmp_path / "file" / "out")
     assert "can't write to the output folder" in message
-
-
-def test_figure_4(rule_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("l2l_fast.experiments.evaluate.tune", lambda _, name, **__: Tuned(name, -24, 100.0))
-    code, printed, _ = run("figure", "4", "--rule", rule_file, "--functions", "8", "--out", tmp_path / "out")
-    assert code == 0
-    for suffix in ("png", "csv", "json"):
-        assert (tmp_path / "out" / f"figure-4.{suffix}").stat().st_size > 100
-        assert f"figure-4.{suffix}" in printed
-
-
-def test_unknown_figure() -> None:
-    code, _, err = run("figure", "5")
-    assert code == 2
-    assert "'5'" in err
 
 
 def test_numerics() -> None:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from l2l_fast import CoordinatewiseLSTM, Identity, LogAndSign, RuleSpec
 from l2l_fast.backends import get
 from l2l_fast.baselines import BASELINES, Tuned
-from l2l_fast.experiments import demo, figures, numerics, speed, tables
-from l2l_fast.experiments.evaluate import Evaluation, Run, compare, evaluate, evaluate_rules, tune_baselines
+from l2l_fast.experiments import demo, numerics, speed, tables
+from l2l_fast.experiments.effort import effort_for
+from l2l_fast.experiments.evaluate import Evaluation, Run, compare, evaluate, evaluate_rules
 from l2l_fast.experiments.machine import machine, threads
 from l2l_fast.experiments.output import prepare_folder, write_bytes, write_json
 from l2l_fast.experiments.progress import console
-from l2l_fast.problems import Quadratic
+from l2l_fast.experiments.tuning import tune_baselines
+from l2l_fast.problems import ImageClassifier, Quadratic, module_problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +79,7 @@ def test_an_unusable_backend_is_found_out_before_the_tuning(
     def tuned(*args: object, **kwargs: object) -> None:
         raise AssertionError("baselines were tuned")
 
-    monkeypatch.setattr("l2l_fast.experiments.evaluate.tune", tuned)
+    monkeypatch.setattr("l2l_fast.experiments.tuning.tune", tuned)
     monkeypatch.setenv("L2L_FAST_BACKEND", "zz")
     with pytest.raises(ValueError, match="unknown backend 'zz'"):
         evaluate_rules(Quadratic(), {"lstm": rule}, name="quadratic")
@@ -96,10 +96,10 @@ def test_statistics_of_a_run() -> None:
 
 
 def test_ratio_resamples_both_runs_together() -> None:
-    losses = torch.rand(1, 200, generator=torch.Generator().manual_seed(0)).exp()
-    exact = compare(Run(losses / 2), Run(losses))
+    losses = torch.rand(200, generator=torch.Generator().manual_seed(0)).exp()
+    exact = compare(losses / 2, losses)
     assert (exact.value, exact.low, exact.high, exact.won) == pytest.approx((0.5, 0.5, 0.5, 1.0))
-    noisy = compare(Run(losses.flip(1) / 2), Run(losses))
+    noisy = compare(losses.flip(0) / 2, losses)
     assert noisy.low < noisy.value < noisy.high
     assert noisy.value == pytest.approx(0.5)
     # The spread of a ratio of two independent means, to first order.
@@ -116,48 +116,76 @@ def test_evaluation_as_json_holds_no_infinity(evaluation: Evaluation, tmp_path: 
 
 def test_tuning_is_cached(tmp_path: Path) -> None:
     cache = tmp_path / "baselines.json"
-    first = tune_baselines(Quadratic(), steps=5, functions=8, cache=cache)
+    first = tune_baselines(Quadratic(), steps=5, functions=8, cache=tmp_path)
     assert list(first) == list(BASELINES)
     before = cache.read_text()
     changed = before.replace(f'"loss": {first["adam"].loss!r}', '"loss": 123.0')
     assert changed != before
     cache.write_text(changed)
-    assert tune_baselines(Quadratic(), steps=5, functions=8, cache=cache)["adam"].loss == 123
-    other = tune_baselines(Quadratic(variant="deepmind"), steps=5, functions=8, cache=cache)
+    assert tune_baselines(Quadratic(), steps=5, functions=8, cache=tmp_path)["adam"].loss == 123
+    other = tune_baselines(Quadratic(variant="deepmind"), steps=5, functions=8, cache=tmp_path)
     assert other["adam"].loss != 123
     assert len(json.loads(cache.read_text())) == 2
+    assert tune_baselines(Quadratic(), steps=5, functions=8, cache=tmp_path, retune=True) == first
+    assert tune_baselines(Quadratic(), steps=5, functions=8, cache=tmp_path) == first
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"key": {"sgd": 1}}'])
 def test_a_damaged_cache_is_replaced(tmp_path: Path, content: str) -> None:
     cache = tmp_path / "baselines.json"
     cache.write_text(content)
-    tuned = tune_baselines(Quadratic(), steps=5, functions=8, cache=cache)
-    assert tuned == tune_baselines(Quadratic(), steps=5, functions=8, cache=cache)
+    tuned = tune_baselines(Quadratic(), steps=5, functions=8, cache=tmp_path)
+    assert tuned == tune_baselines(Quadratic(), steps=5, functions=8, cache=tmp_path)
     assert len(json.loads(cache.read_text())) == 1
 
 
-def test_figure_4(evaluation: Evaluation, tmp_path: Path) -> None:
-    picture, curves, numbers = figures.figure_4(evaluation, tmp_path)
-    assert picture.read_bytes().startswith(PNG)
-    with curves.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == list(range(101))
-    for name, run in evaluation.runs.items():
-        assert float(rows[-1][f"{name}_mean"]) == run.final_loss
-        assert float(rows[-1][f"{name}_standard_error"]) == run.final_standard_error
-    assert json.loads(numbers.read_text())["final_loss"]["adam"] == evaluation.runs["adam"].final_loss
+def test_effort_suits_the_functions() -> None:
+    toy = effort_for(Quadratic())
+    network = effort_for(ImageClassifier("digits"))
+    large = effort_for(ImageClassifier("digits", hidden=(2000,)))
+    assert toy.functions > network.functions > large.functions
+    assert toy.tuning > network.tuning > large.tuning
+    assert (toy.screening, network.screening) == (None, 4)
+    assert effort_for(Quadratic(dim=1000)) == effort_for(ImageClassifier("digits", hidden=(3,))) == network
 
 
-def test_curves_are_drawn_as_the_paper_draws_them(evaluation: Evaluation) -> None:
-    (axes,) = figures.curves_figure(evaluation).axes
-    assert axes.get_yscale() == "log"
-    assert axes.get_xlabel() == "step"
-    assert axes.get_ylabel() == "mean loss"
-    styles = {str(line.get_label()).split()[0]: line.get_linestyle() for line in axes.get_lines()}
-    assert styles == {"LSTM": "-", "SGD": "--", "NAG": "--", "RMSprop": "--", "Adam": "--"}
-    for line in axes.get_lines():
-        assert np.asarray(line.get_ydata()).shape == (101,)
+def test_networks_are_judged_on_fixed_data(rule: CoordinatewiseLSTM) -> None:
+    tuned = {"nag": Tuned("nag", -2, 2.0)}
+    problem = ImageClassifier("digits", hidden=(4,))
+    evaluation = evaluate(problem, {"lstm": rule}, tuned, name="digits", functions=3, steps=6)
+    still, moved = evaluation.runs["lstm"], evaluation.runs["nag"]
+    generator = torch.Generator().manual_seed(evaluation.seed)
+    instances = problem.sample(3)
+    starts = instances.init(generator=generator)
+    torch.testing.assert_close(still.measures["final"], instances.evaluate(starts))
+    torch.testing.assert_close(still.measures["test"], instances.evaluate(starts, "test"))
+    torch.testing.assert_close(moved.measures["minibatch"], moved.losses[2:].mean(dim=0))
+    torch.testing.assert_close(moved.measures["mean"], moved.losses.mean(dim=0))
+    assert moved.final_loss == pytest.approx(float(moved.measures["final"].mean()))
+    assert moved.final_loss != pytest.approx(float(moved.losses[-1].mean()), rel=1e-4)
+
+    values = evaluation.to_dict()
+    assert values["final_loss"]["nag"] == moved.final_loss
+    assert values["other_measures"].keys() == {"minibatch", "test", "mean"}
+    for measure, summary in values["other_measures"].items():
+        assert summary["mean"]["lstm"] == pytest.approx(float(still.measures[measure].mean()))
+        assert summary["ratio_to_best_baseline"]["lstm"]["value"] == evaluation.ratio("lstm", measure).value
+    with console.capture() as capture:
+        console.print(tables.measures_table(evaluation))
+    assert "test data" in capture.get()
+
+
+def test_no_test_loss_without_test_data(rule: CoordinatewiseLSTM) -> None:
+    inputs = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+
+    def losses(**data: tuple[torch.Tensor, torch.Tensor]) -> set[str]:
+        problem = module_problem(
+            lambda: torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, (inputs, inputs[:, :1]), minibatch=4, **data
+        )
+        return set(evaluate(problem, {"lstm": rule}, {}, name="linear", functions=2, steps=2).measures)
+
+    assert losses() == {"final", "minibatch", "mean"}
+    assert losses(test_data=(inputs, inputs[:, :1])) == {"final", "minibatch", "test", "mean"}
 
 
 def test_the_reference_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:

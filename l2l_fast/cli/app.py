@@ -13,27 +13,17 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from l2l_fast.backends import backends
-from l2l_fast.cli.common import (
-    DataDir,
-    ProblemFile,
-    ProblemName,
-    Settings,
-    Threads,
-    chosen_problem,
-    make_problem,
-    print_written,
-    set_threads,
-    use_data_dir,
-)
+from l2l_fast.cli.common import Threads, print_written, set_threads
+from l2l_fast.cli.evaluate import evaluate
+from l2l_fast.cli.figure import figure
 from l2l_fast.cli.train import train
-from l2l_fast.experiments import cost_model, figures, numerics, speed, tables
+from l2l_fast.experiments import cost_model, numerics, speed, tables
 from l2l_fast.experiments import demo as demonstration
 from l2l_fast.experiments import kernels as kernel_analysis
-from l2l_fast.experiments.evaluate import FUNCTIONS, STEPS, Evaluation, evaluate_rules
 from l2l_fast.experiments.machine import instruction_sets, machine
 from l2l_fast.experiments.output import prepare_folder, write_json
 from l2l_fast.experiments.progress import console, errors
-from l2l_fast.rule import as_rule, available_rules
+from l2l_fast.rule import available_rules
 from l2l_fast.spec import RuleSpec
 
 logger = logging.getLogger("l2l_fast")
@@ -65,12 +55,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Rule = Annotated[str, typer.Option(help="A shipped rule by name, or the path of a .safetensors file.")]
-Functions = Annotated[int, typer.Option(min=2, help="Fresh functions to average over.")]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of every run.")]
-
-
-app.command()(train)
+for command in (train, evaluate, figure):
+    app.command()(command)
 
 
 @app.command()
@@ -92,64 +78,6 @@ def info() -> None:
             }
         )
     )
-
-
-@app.command()
-def evaluate(
-    rule: Rule,
-    problem: ProblemName = None,
-    problem_file: ProblemFile = None,
-    settings: Settings = None,
-    functions: Functions = FUNCTIONS,
-    steps: Steps = STEPS,
-    out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and curves.png.")] = None,
-    data_dir: DataDir = None,
-    threads: Threads = None,
-) -> None:
-    """Compare a rule with tuned SGD, NAG, RMSprop and Adam on fresh functions."""
-    set_threads(threads)
-    use_data_dir(data_dir)
-    name = chosen_problem(problem, problem_file)
-    folder = None if out is None else prepare_folder(out)
-    result = _evaluate(name, settings, rule, functions, steps, folder)
-    console.print(tables.evaluation_table(result))
-    if folder is not None:
-        numbers, picture = folder / "evaluation.json", folder / "curves.png"
-        write_json(numbers, {**result.to_dict(), "machine": machine()})
-        figures.write_curves(result, picture)
-        print_written(numbers, picture)
-
-
-def _evaluate(
-    problem: str, settings: list[str] | None, rule: str, functions: int, steps: int, cache: Path | None
-) -> Evaluation:
-    name = "shipped" if rule in available_rules() else "lstm"
-    known_problem = make_problem(problem, settings)
-    return evaluate_rules(
-        known_problem, {name: as_rule(rule)}, name=problem, functions=functions, steps=steps, cache=cache
-    )
-
-
-class _Figure(str, Enum):
-    """Figures of the paper that can be drawn."""
-
-    FOUR = "4"
-
-
-@app.command()
-def figure(
-    number: Annotated[_Figure, typer.Argument(metavar="N", help="Figure of the paper; known: 4 (left panel).")],
-    rule: Rule = "quadratic",
-    functions: Functions = FUNCTIONS,
-    out: Annotated[Path, typer.Option(help="Folder for picture, curves and numbers.")] = Path("runs/figures"),
-    threads: Threads = None,
-) -> None:
-    """Draw a figure of the paper, with its curves as CSV and its numbers as JSON."""
-    set_threads(threads)
-    folder = prepare_folder(out)
-    result = _evaluate("quadratic", None, rule, functions, STEPS, folder)
-    console.print(tables.evaluation_table(result))
-    print_written(*figures.figure_4(result, folder))
 
 
 def _no_fused_backend() -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,22 @@ import torch
 from torch import Tensor
 
 from l2l_fast.backends import resolve
-from l2l_fast.baselines import BASELINES, GRID_POINTS, Tuned, settle, tune
-from l2l_fast.experiments.output import write_json
+from l2l_fast.baselines import Tuned, final_losses, settle
+from l2l_fast.experiments.effort import FUNCTIONS as FUNCTIONS
+from l2l_fast.experiments.effort import TUNING_FUNCTIONS as TUNING_FUNCTIONS
+from l2l_fast.experiments.effort import effort_for
 from l2l_fast.experiments.progress import progress
+from l2l_fast.experiments.tuning import STEPS, tune_baselines
 from l2l_fast.meta.unroll import unroll
-from l2l_fast.problems import Problem
+from l2l_fast.problems import Evaluates, Instances, Problem
 from l2l_fast.rule import CoordinatewiseLSTM
 
-# Out of the way of the small seeds that people train with, and next to the one of validation, so that no two
-# samples coincide.
-TUNING_SEED = 2**31 + 1
-EVALUATION_SEED = 2**31 + 2
+EVALUATION_SEED = 2**31 + 2  # next to the one of tuning
 _BOOTSTRAP_SEED = 2**31 + 3
 
-FUNCTIONS = 2048
-TUNING_FUNCTIONS = 1024
-STEPS = 100
-
 _RESAMPLES = 2000
+_DRAWN_AT_ONCE = 2**22  # values that resampling holds in memory
+_LAST_POINTS = 5  # whose minibatch losses are averaged
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,15 @@ class Run:
     """One optimizer on every evaluation function.
 
     Attributes:
-        losses: ``[steps + 1, functions]``.
+        losses: ``[steps + 1, functions]``, of minibatches where there is data.
+        train: ``[functions]``, loss of the last point on fixed training data; ``None`` without ``evaluate``.
+        test: ``[functions]``, loss of the last point on held-out data; ``None`` without such.
         tuned: the baseline's learning rate; ``None`` for a learned rule.
     """
 
     losses: Tensor
+    train: Tensor | None = None
+    test: Tensor | None = None
     tuned: Tuned | None = None
 
     @property
@@ -56,25 +58,50 @@ class Run:
         return self.losses.double().std(dim=1) / math.sqrt(self.losses.shape[1])
 
     @property
+    def measures(self) -> dict[str, Tensor]:
+        """What can be said of each function in one number, ``[functions]`` each.
+
+        ``final`` is what optimizers are compared by: the loss of the last point, on fixed training data where there
+        is such, for the noise of minibatches hides small differences. ``minibatch`` is the mean loss of the last
+        five points, ``test`` the last point's on held-out data, ``mean`` the mean over the whole run.
+        """
+        measures = {"final": self.losses[-1] if self.train is None else self.train}
+        if self.train is not None:
+            measures["minibatch"] = self.losses[-_LAST_POINTS:].mean(dim=0)
+        if self.test is not None:
+            measures["test"] = self.test
+        return {**measures, "mean": self.losses.mean(dim=0)}
+
+    @property
     def final_loss(self) -> float:
-        """Mean loss after the last step."""
-        return float(self.mean[-1])
+        """Mean of the measure ``final``."""
+        return mean_of(self.measures["final"])
 
     @property
     def final_standard_error(self) -> float:
         """Standard error of :attr:`final_loss`."""
-        return float(self.standard_error[-1])
+        return standard_error_of(self.measures["final"])
+
+
+def mean_of(values: Tensor) -> float:
+    """Mean over functions."""
+    return float(values.double().mean())
+
+
+def standard_error_of(values: Tensor) -> float:
+    """Standard error of the mean over functions."""
+    return float(values.double().std() / math.sqrt(len(values)))
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Mean final loss of one run over that of another, on the same functions.
+    """Mean of one run over that of another, on the same functions.
 
     Attributes:
         value: the ratio of means.
         low: lower end of the 95 % interval from a bootstrap over functions, both runs resampled together.
         high: upper end.
-        won: share of functions on which the first run ends lower.
+        won: share of functions on which the first run is lower.
     """
 
     value: float
@@ -83,19 +110,21 @@ class Ratio:
     won: float
 
 
-def compare(run: Run, other: Run) -> Ratio:
-    """The ratio of ``run`` to ``other``."""
-    finals = torch.stack([run.losses[-1], other.losses[-1]]).double()
-    functions = finals.shape[1]
+def compare(values: Tensor, others: Tensor) -> Ratio:
+    """The ratio of a measure ``[functions]`` of one run to that of another."""
+    pair = torch.stack([values, others]).double()
+    functions = pair.shape[1]
     generator = torch.Generator().manual_seed(_BOOTSTRAP_SEED)
-    resampled = torch.empty(_RESAMPLES, 2, dtype=torch.float64)
-    for sample in resampled:
-        chosen = torch.randint(functions, (functions,), generator=generator)
-        torch.mean(finals[:, chosen], dim=1, out=sample)
-    ratios = resampled[:, 0] / resampled[:, 1]
+    rows = max(1, _DRAWN_AT_ONCE // functions)
+    resampled = []
+    for first in range(0, _RESAMPLES, rows):
+        shape = (min(rows, _RESAMPLES - first), functions)
+        resampled.append(pair[:, torch.randint(functions, shape, generator=generator)].mean(dim=-1))
+    means = torch.cat(resampled, dim=1)
+    ratios = means[0] / means[1]
     low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    means = finals.mean(dim=1)
-    return Ratio(float(means[0] / means[1]), low, high, float((finals[0] < finals[1]).double().mean()))
+    value = mean_of(values) / mean_of(others)
+    return Ratio(value, low, high, float((pair[0] < pair[1]).double().mean()))
 
 
 @dataclass(frozen=True)
@@ -124,76 +153,51 @@ class Evaluation:
         return {**self.learned, **self.baselines}
 
     @property
-    def best_baseline(self) -> str:
-        """The baseline with the lowest mean final loss on these very functions, a choice in its favour."""
-        return min(self.baselines, key=lambda name: self.baselines[name].final_loss)
+    def measures(self) -> tuple[str, ...]:
+        """Names of the measures of the runs."""
+        return tuple(next(iter(self.runs.values())).measures)
 
-    def ratio(self, name: str) -> Ratio:
-        """``name`` relative to the best baseline."""
-        return compare(self.runs[name], self.baselines[self.best_baseline])
+    @property
+    def best_baseline(self) -> str:
+        """The baseline that ends lowest."""
+        return self.best_baseline_by("final")
+
+    def best_baseline_by(self, measure: str) -> str:
+        """The baseline with the lowest mean of a measure on these very functions, a choice in its favour."""
+        return min(self.baselines, key=lambda name: mean_of(self.baselines[name].measures[measure]))
+
+    def ratio(self, name: str, measure: str = "final") -> Ratio:
+        """``name`` relative to the best baseline, both by ``measure``."""
+        best = self.baselines[self.best_baseline_by(measure)]
+        return compare(self.runs[name].measures[measure], best.measures[measure])
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers at the last step, as JSON-compatible values."""
+        """Means, standard errors and ratios by every measure, as JSON-compatible values; those of ``final`` on top."""
+        summaries = {measure: self._summary(measure) for measure in self.measures}
+        final = summaries.pop("final")
         return {
             "problem": self.problem,
             "steps": self.steps,
             "functions": self.functions,
             "seed": self.seed,
-            "final_loss": {name: run.final_loss for name, run in self.runs.items()},
-            "standard_error": {name: run.final_standard_error for name, run in self.runs.items()},
-            "best_baseline": self.best_baseline,
-            "ratio_to_best_baseline": {name: asdict(self.ratio(name)) for name in self.runs},
-            "baselines": {name: _to_dict(run.tuned) for name, run in self.baselines.items() if run.tuned is not None},
+            "final_loss": final.pop("mean"),
+            **final,
+            "other_measures": summaries,
+            "baselines": {
+                name: {"lr": run.tuned.lr, "tuned_loss": run.tuned.loss, "stepped_down": run.tuned.stepped_down}
+                for name, run in self.baselines.items()
+                if run.tuned is not None
+            },
         }
 
-
-def _to_dict(tuned: Tuned) -> dict[str, Any]:
-    return {"lr": tuned.lr, "tuned_loss": tuned.loss, "stepped_down": tuned.stepped_down}
-
-
-def tune_baselines(
-    problem: Problem,
-    *,
-    steps: int = STEPS,
-    functions: int = TUNING_FUNCTIONS,
-    seed: int = TUNING_SEED,
-    cache: Path | None = None,
-) -> dict[str, Tuned]:
-    """Every baseline with its best learning rate on ``problem``.
-
-    Args:
-        cache: a JSON file that results are read from and added to. They are keyed by problem, steps,
-            functions, seed and torch's version; a file that can't be read as such is replaced.
-    """
-    key = f"{problem!r} steps={steps} functions={functions} seed={seed} torch={torch.__version__}"
-    known = _read_cache(cache)
-    if key in known:
-        return known[key]
-    tuned = {}
-    with progress("tuning the baselines", len(BASELINES) * GRID_POINTS) as advance:
-        for name in BASELINES:
-            generator = torch.Generator().manual_seed(seed)
-            tuned[name] = tune(problem, name, steps=steps, functions=functions, generator=generator, on_run=advance)
-    if cache is not None:
-        known[key] = tuned
-        write_json(
-            cache, {key: {name: asdict(entry) for name, entry in entries.items()} for key, entries in known.items()}
-        )
-    return tuned
-
-
-def _read_cache(cache: Path | None) -> dict[str, dict[str, Tuned]]:
-    if cache is None or not cache.is_file():
-        return {}
-    try:
-        content = json.loads(cache.read_text())
+    def _summary(self, measure: str) -> dict[str, Any]:
+        values = {name: run.measures[measure] for name, run in self.runs.items()}
         return {
-            key: {name: Tuned(**entry) for name, entry in entries.items()}
-            for key, entries in content.items()
-            if entries.keys() == BASELINES.keys()
+            "mean": {name: mean_of(value) for name, value in values.items()},
+            "standard_error": {name: standard_error_of(value) for name, value in values.items()},
+            "best_baseline": self.best_baseline_by(measure),
+            "ratio_to_best_baseline": {name: asdict(self.ratio(name, measure)) for name in values},
         }
-    except (ValueError, TypeError, AttributeError):
-        return {}  # it holds nothing that can't be computed again
 
 
 def evaluate(
@@ -223,17 +227,50 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     instances = problem.sample(functions, generator=generator, device=generator.device)
     learned, tuned_runs = {}, {}
-    with progress("evaluating", len(rules) + len(baselines)) as advance:
+    with progress(f"evaluating on {name}", (len(rules) + len(baselines)) * (steps + 1)) as advance:
+        watched = _Watched(instances, advance)
         for rule_name, rule in rules.items():
             with torch.no_grad():
-                run = unroll(rule, instances, steps, generator=generator.clone_state(), backend=backend)
-            learned[rule_name] = Run(run.losses)
-            advance()
+                run = unroll(rule, watched, steps, generator=generator.clone_state(), backend=backend)
+            learned[rule_name] = _judged(instances, run.losses, run.params)
         for baseline_name, tuned in baselines.items():
-            settled, losses = settle(tuned, instances, steps, generator=generator)
-            tuned_runs[baseline_name] = Run(losses, settled)
-            advance()
+            settled, descent = settle(tuned, instances, steps, generator=generator)
+            tuned_runs[baseline_name] = _judged(instances, descent.losses, descent.params, settled)
+            advance(steps + 1)
     return Evaluation(name, steps, functions, seed, learned, tuned_runs)
+
+
+class _Watched:
+    """Instances that report every loss they are asked for."""
+
+    def __init__(self, instances: Instances, on_loss: Callable[[], None]) -> None:
+        self._instances = instances
+        self._on_loss = on_loss
+
+    def init(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return self._instances.init(generator=generator)
+
+    def loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+        self._on_loss()
+        return self._instances.loss(params, generator=generator)
+
+
+def _judged(instances: Instances, losses: Tensor, params: Mapping[str, Tensor], tuned: Tuned | None = None) -> Run:
+    """A run with what its last point is worth."""
+    if not isinstance(instances, Evaluates):
+        return Run(losses, tuned=tuned)
+    return Run(losses, final_losses(instances, losses, params), _test_losses(instances, params), tuned)
+
+
+def _test_losses(instances: Evaluates, params: Mapping[str, Tensor]) -> Tensor | None:
+    """Loss on held-out data, where ``evaluate`` has a ``split`` and the instances have such data."""
+    if "split" not in inspect.signature(instances.evaluate).parameters:
+        return None
+    try:
+        losses: Tensor = instances.evaluate(params, split="test")  # type: ignore[call-arg]  # looked up above
+    except ValueError:  # as these parameters were evaluated on training data just now, it is the split
+        return None
+    return losses
 
 
 def evaluate_rules(
@@ -242,14 +279,16 @@ def evaluate_rules(
     *,
     name: str,
     steps: int = STEPS,
-    functions: int = FUNCTIONS,
-    tuning_functions: int = TUNING_FUNCTIONS,
+    functions: int | None = None,
+    tuning_functions: int | None = None,
     cache: Path | None = None,
+    retune: bool = False,
 ) -> Evaluation:
     """:func:`tune_baselines`, then :func:`evaluate`.
 
     Args:
-        cache: folder in which results of tuning are kept, as ``baselines.json``.
+        functions, tuning_functions: ``None`` takes what suits the size of the functions.
+        cache, retune: as for :func:`tune_baselines`.
 
     Raises:
         As :func:`evaluate` does; that ``$L2L_FAST_BACKEND`` can't run a rule is found out before the tuning.
@@ -257,6 +296,6 @@ def evaluate_rules(
     for rule in rules.values():
         weight = rule.output.weight
         resolve(None, weight.device, weight.dtype, rule.spec)
-    file = None if cache is None else cache / "baselines.json"
-    baselines = tune_baselines(problem, steps=steps, functions=tuning_functions, cache=file)
+    baselines = tune_baselines(problem, steps=steps, functions=tuning_functions, cache=cache, retune=retune)
+    functions = effort_for(problem).functions if functions is None else functions
     return evaluate(problem, rules, baselines, name=name, steps=steps, functions=functions)

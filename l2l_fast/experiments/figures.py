@@ -1,14 +1,18 @@
-"""The figures of Andrychowicz et al. 2016."""
+"""What all figures have in common, and learning curves."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from l2l_fast.experiments.evaluate import Evaluation, Run
+from l2l_fast.experiments.evaluate import Evaluation
 from l2l_fast.experiments.machine import machine
 from l2l_fast.experiments.output import write_bytes, write_csv, write_json
 
@@ -22,7 +26,7 @@ LABELS = {
 }
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
-_COLOURS = {
+COLOURS = {
     "lstm": "#000000",
     "shipped": "#D55E00",
     "sgd": "#999999",
@@ -33,18 +37,43 @@ _COLOURS = {
 _OTHER_COLOURS = ("#56B4E9", "#E69F00", "#882255")
 
 
-def curves_figure(evaluation: Evaluation) -> Figure:
-    """Mean learning curves on a log axis: learned rules solid, baselines dashed, one standard error shaded."""
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    return figure
+
+
+def style(axes: Axes) -> None:
+    """A faint grid, and no frame on the right and on top."""
+    axes.grid(which="major", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers on it, several in a decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_curves(axes: Axes, evaluation: Evaluation, *, first: int = 0) -> None:
+    """Mean learning curves on a log axis: learned rules solid, baselines dashed, one standard error shaded.
+
+    The legend gives the final losses.
+
+    Args:
+        first: step that the axis starts at.
+    """
     spare = iter(_OTHER_COLOURS * len(evaluation.learned))
+    steps = range(first, evaluation.steps + 1)
     # Drawn from worst to best, so that the legend is in the order in which the curves end.
     for name, run in sorted(evaluation.runs.items(), key=lambda item: -item[1].final_loss):
         learned = name in evaluation.learned
-        mean, error = run.mean.numpy(), run.standard_error.numpy()
-        colour = _COLOURS.get(name) or next(spare)
-        steps = range(len(mean))
+        mean, error = (values[first:].numpy() for values in (run.mean, run.standard_error))
+        colour = COLOURS.get(name) or next(spare)
         axes.plot(
             steps,
             mean,
@@ -56,50 +85,58 @@ def curves_figure(evaluation: Evaluation) -> Figure:
         )
         # A lower bound of 0 can't be drawn on a log axis.
         axes.fill_between(steps, (mean - error).clip(mean * 1e-3), mean + error, color=colour, alpha=0.18, linewidth=0)
-    axes.set_yscale("log")
-    axes.set_xlim(0, evaluation.steps)
+    log_scale(axes)
+    axes.set_xlim(first, evaluation.steps)
     axes.set_xlabel("step")
     axes.set_ylabel("mean loss")
+    style(axes)
+    legend = f"(mean loss at step {evaluation.steps})"
+    axes.legend(title=legend, frameon=False, fontsize=9, title_fontsize=9)
+
+
+def curves_figure(evaluation: Evaluation) -> Figure:
+    """One panel of :func:`draw_curves`."""
+    figure = new_figure(6.4, 4.6)
+    axes = figure.subplots()
+    draw_curves(axes, evaluation)
     axes.set_title(f"{evaluation.problem}: mean over {evaluation.functions} fresh functions", fontsize=11)
-    axes.grid(which="major", color="#dddddd", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title=f"(mean loss at step {evaluation.steps})", frameon=False, fontsize=9, title_fontsize=9)
     return figure
 
 
-def write_curves(evaluation: Evaluation, path: Path) -> None:
-    """Draw :func:`curves_figure` into the PNG file ``path``, atomically.
+def write_picture(figure: Figure, path: Path) -> None:
+    """Draw ``figure`` into the PNG file ``path``, atomically.
 
     Raises:
         OSError: if it can't be written.
     """
     buffer = io.BytesIO()
-    curves_figure(evaluation).savefig(buffer, format="png", dpi=160)
+    figure.savefig(buffer, format="png", dpi=160)
     write_bytes(path, buffer.getvalue())
 
 
-def figure_4(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Left panel of figure 4, as picture, curves and numbers: ``figure-4.png``, ``.csv`` and ``.json``.
+def write_curves(evaluation: Evaluation, path: Path) -> None:
+    """:func:`write_picture` of :func:`curves_figure`."""
+    write_picture(curves_figure(evaluation), path)
+
+
+def write_figure(
+    folder: Path,
+    name: str,
+    figure: Figure,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    numbers: Mapping[str, Any],
+) -> list[Path]:
+    """A figure as picture, table and numbers: ``figure-<name>.png``, ``.csv`` and ``.json``.
 
     Returns:
         The files written; files of those names are replaced.
 
     Raises:
         OSError: if they can't be written.
-
-    Source: Andrychowicz et al. 2016, figure 4.
     """
-    picture, curves, numbers = (folder / f"figure-4{suffix}" for suffix in (".png", ".csv", ".json"))
-    write_curves(evaluation, picture)
-    write_csv(curves, ["step", *_columns(evaluation.runs)], _rows(evaluation.runs))
-    write_json(numbers, {**evaluation.to_dict(), "machine": machine()})
-    return [picture, curves, numbers]
-
-
-def _columns(runs: dict[str, Run]) -> list[str]:
-    return [column for name in runs for column in (f"{name}_mean", f"{name}_standard_error")]
-
-
-def _rows(runs: dict[str, Run]) -> list[list[float]]:
-    columns = [column.tolist() for run in runs.values() for column in (run.mean, run.standard_error)]
-    return [[step, *values] for step, values in enumerate(zip(*columns, strict=True))]
+    picture, table, summary = (folder / f"figure-{name}{suffix}" for suffix in (".png", ".csv", ".json"))
+    write_picture(figure, picture)
+    write_csv(table, header, rows)
+    write_json(summary, {**numbers, "machine": machine()})
+    return [picture, table, summary]

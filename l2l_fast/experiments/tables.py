@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from l2l_fast.experiments.cost_model import ARCHITECTURES, H200
-from l2l_fast.experiments.evaluate import Evaluation
+from l2l_fast.experiments.evaluate import Evaluation, mean_of
 from l2l_fast.experiments.figures import LABELS
 from l2l_fast.experiments.kernels import Analysis
 from l2l_fast.experiments.numerics import Comparison
@@ -51,8 +51,52 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             style="bold" if name in evaluation.learned else None,
         )
     table.caption = "±: standard error; won: share of the functions on which it ends lower"
+    if "minibatch" in evaluation.measures:
+        table.caption += "\nthe loss is that of the last point on fixed training data"
     if any(run.tuned is not None and run.tuned.stepped_down for run in evaluation.baselines.values()):
         table.caption += "\n* the tuned learning rate diverges here, so a lower one is used"
+    return table
+
+
+def measures_table(evaluation: Evaluation) -> Table:
+    """The same runs by every other measure."""
+    names = {"minibatch": "minibatch", "test": "test data", "mean": "whole run"}
+    shown = [measure for measure in names if measure in evaluation.measures]
+    table = _table(
+        "the same by other measures, each with its ratio to the baseline that is best by it",
+        caption="minibatch: mean loss of the last 5 points; whole run: mean loss of all points",
+    )
+    table.add_column("optimizer")
+    for measure in shown:
+        table.add_column(names[measure], justify="right", no_wrap=True)
+        table.add_column(f"/ {LABELS[evaluation.best_baseline_by(measure)]}", justify="right", no_wrap=True)
+    for name, run in evaluation.runs.items():
+        cells = []
+        for measure in shown:
+            cells += [f"{mean_of(run.measures[measure]):.3g}", f"{evaluation.ratio(name, measure).value:.3f}"]
+        table.add_row(LABELS.get(name, name), *cells, style="bold" if name in evaluation.learned else None)
+    return table
+
+
+def architectures_table(evaluations: Mapping[tuple[int, int], Evaluation]) -> Table:
+    """Final losses by hidden layers and units, and the ratio of the learned rule to the best baseline."""
+    some = next(iter(evaluations.values()))
+    table = _table(
+        f"loss at step {some.steps} by architecture, mean over {some.functions} fresh networks",
+        caption="interval: 95 %, of the ratio to the best baseline of that architecture",
+    )
+    for column in ("layers", "units", *(LABELS[name] for name in some.runs), "ratio", "interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    (learned,) = some.learned
+    for (layers, width), evaluation in evaluations.items():
+        ratio = evaluation.ratio(learned)
+        table.add_row(
+            str(layers),
+            str(width),
+            *(f"{run.final_loss:.3g}" for run in evaluation.runs.values()),
+            f"{ratio.value:.3f}",
+            f"[{ratio.low:.3f}, {ratio.high:.3f}]",
+        )
     return table
 
 
