@@ -71,7 +71,9 @@ def train(
     preprocess: Annotated[
         _Preprocess | None,
         typer.Option(
-            help="What becomes of a gradient: log and sign, or nothing.", show_default="none", rich_help_panel=_RULE
+            help="What becomes of a gradient: log and sign, or nothing.",
+            show_default="log; none for quadratic",
+            rich_help_panel=_RULE,
         ),
     ] = None,
     p: Annotated[
@@ -125,7 +127,11 @@ def train(
         typer.Option("--second-derivatives", help="Differentiate through the gradients as well.", rich_help_panel=_RUN),
     ] = False,
     slope_floor: Annotated[
-        float, typer.Option(help="Bound on the slope of the preprocessing in second derivatives; 0.1 for networks.")
+        float,
+        typer.Option(
+            help="Bound on the slope of the preprocessing in second derivatives; 0.1 for networks.",
+            rich_help_panel=_RUN,
+        ),
     ] = TrainConfig.slope_floor,
     coordinate_fraction: Annotated[
         float,
@@ -235,6 +241,9 @@ def train(
     place = _usable(device)
     name = chosen_problem(problem, problem_file)
     known_problem = make_problem(name, settings)
+
+    if preprocess is None and init_from is None:
+        preprocess = _Preprocess.NONE if name == "quadratic" else _Preprocess.LOG
 
     def make_rule() -> CoordinatewiseLSTM:
         return _initial_rule(init_from, preprocess, p, output_scale, hidden_size, seed).to(place)
