@@ -191,6 +191,7 @@ def responses_figure(found: Sequence[Response]) -> Figure:
             if response.coordinate == coordinate and name != "sgd"
         )
         panels[row, 0].set_ylim(-_MARGIN * largest, _MARGIN * largest)
+    figure.align_ylabels(panels[:, 0])
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncol=len(labels), frameon=False)
     return figure

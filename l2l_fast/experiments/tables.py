@@ -63,17 +63,17 @@ def measures_table(evaluation: Evaluation) -> Table:
     names = {"minibatch": "minibatch", "test": "test data", "mean": "whole run"}
     shown = [measure for measure in names if measure in evaluation.measures]
     table = _table(
-        "the same by other measures, each with its ratio to the baseline that is best by it",
-        caption="minibatch: mean loss of the last 5 points; whole run: mean loss of all points",
+        "other measures, with ratios to the best baseline by each",
+        caption="minibatch: mean of the last 5 points; whole run: of all",
     )
-    table.add_column("optimizer")
+    table.add_column("optimizer", no_wrap=True)
     for measure in shown:
-        table.add_column(names[measure], justify="right", no_wrap=True)
-        table.add_column(f"/ {LABELS[evaluation.best_baseline_by(measure)]}", justify="right", no_wrap=True)
+        best = LABELS[evaluation.best_baseline_by(measure)]
+        table.add_column(f"{names[measure]}\n(/ {best})", justify="right", no_wrap=True)
     for name, run in evaluation.runs.items():
-        cells = []
-        for measure in shown:
-            cells += [f"{mean_of(run.measures[measure]):.3g}", f"{evaluation.ratio(name, measure).value:.3f}"]
+        cells = [
+            f"{mean_of(run.measures[measure]):.3g} ({evaluation.ratio(name, measure).value:.3f})" for measure in shown
+        ]
         table.add_row(LABELS.get(name, name), *cells, style="bold" if name in evaluation.learned else None)
     return table
 
@@ -83,19 +83,17 @@ def architectures_table(evaluations: Mapping[tuple[int, int], Evaluation]) -> Ta
     some = next(iter(evaluations.values()))
     table = _table(
         f"loss at step {some.steps} by architecture, mean over {some.functions} fresh networks",
-        caption="interval: 95 %, of the ratio to the best baseline of that architecture",
+        caption="ratio: to the best baseline of that architecture, with its 95 % interval",
     )
-    for column in ("layers", "units", *(LABELS[name] for name in some.runs), "ratio", "interval"):
+    for column in ("layers", *(LABELS[name] for name in some.runs), "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
     (learned,) = some.learned
     for (layers, width), evaluation in evaluations.items():
         ratio = evaluation.ratio(learned)
         table.add_row(
-            str(layers),
-            str(width),
+            " x ".join([str(width)] * layers),
             *(f"{run.final_loss:.3g}" for run in evaluation.runs.values()),
-            f"{ratio.value:.3f}",
-            f"[{ratio.low:.3f}, {ratio.high:.3f}]",
+            f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
         )
     return table
 
