@@ -110,7 +110,7 @@ def minimize(instances: Instances, optimizer: str, lr: float, steps: int, *, gen
         losses.append(loss.detach())
         if not loss.isfinite().all():
             break
-        for param, grad in zip(tensors, torch.autograd.grad(loss.sum(), tensors), strict=True):
+        for param, grad in zip(tensors, torch.autograd.grad(loss.sum(), tensors, materialize_grads=True), strict=True):
             param.grad = grad
         chosen.step()
     else:

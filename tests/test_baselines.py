@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -223,3 +224,22 @@ def test_settle_takes_noise_for_noise(generator: torch.Generator) -> None:
 def test_settle_gives_up_two_decades_down(generator: torch.Generator) -> None:
     with pytest.raises(RuntimeError, match="diverges on the evaluation functions, and so it does down to"):
         settle(Tuned("sgd", point=0, loss=0.1), Parabola((1e4,)).sample(1), 50, generator=generator)
+
+
+def test_a_parameter_that_is_not_used_stays_where_it_is() -> None:
+    class Unused(Quadratic):
+        def sample(self, batch_size: int, **options: Any) -> Any:
+            instances = super().sample(batch_size, **options)
+            start = instances.init
+
+            def init(*, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+                return {**start(generator=generator), "unused": torch.ones(batch_size, 3)}
+
+            instances.init = init  # type: ignore[method-assign]
+            return instances
+
+    generator = torch.Generator().manual_seed(0)
+    instances = Unused(dim=3).sample(2, generator=generator)
+    descent = minimize(instances, "sgd", 0.01, 3, generator=generator)
+    assert torch.equal(descent.params["unused"], torch.ones(2, 3))
+    assert bool(descent.losses.isfinite().all())

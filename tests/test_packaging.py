@@ -48,6 +48,15 @@ def test_every_package_is_shipped(setup_arguments: dict[str, Any]) -> None:
     assert not (ROOT / "l2l_fast" / "kernels").exists()
 
 
+def test_every_data_file_is_shipped() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["l2l_fast"]
+    shipped = {path for pattern in data for path in (ROOT / "l2l_fast").glob(pattern)}
+    kinds = (".json", ".safetensors", ".pyi", ".typed")
+    assert shipped == {
+        path for path in (ROOT / "l2l_fast").rglob("*") if path.suffix in kinds or path.name == "py.typed"
+    }
+
+
 def test_every_source_is_built(setup_arguments: dict[str, Any]) -> None:
     (extension,) = setup_arguments["ext_modules"]
     assert extension.name == "l2l_fast._C"

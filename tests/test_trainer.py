@@ -325,6 +325,8 @@ def test_nothing_but_skipped_updates_is_an_error() -> None:
         MetaTrainer(make_rule(), LedgeProblem(config.batch_size), config).fit()
     with pytest.raises(FloatingPointError, match=r"100 meta-updates in a row.*already at the starting points"):
         MetaTrainer(make_rule(), CliffProblem(lambda index: True), config).fit()
+    with pytest.raises(FloatingPointError, match="none of 7 meta-updates could be made"):
+        MetaTrainer(make_rule(), LedgeProblem(config.batch_size), replace(SMALL, updates=7)).fit()
 
 
 def test_validation_that_is_not_finite_counts_as_worst() -> None:

@@ -40,7 +40,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             errors.print("\ninterrupted")
             raise typer.Exit(130) from None
-        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        except (TypeError, ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
             logger.debug("the command failed", exc_info=True)
             message = " ".join(str(error).split()) or type(error).__name__
             errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)

@@ -143,8 +143,13 @@ def train(
         int, typer.Option(help="Updates over which the learning rate rises to that.", rich_help_panel=_META)
     ] = TrainConfig.warmup,
     clip: Annotated[
-        float, typer.Option(help="Greatest norm of a meta-gradient; 0 for any.", rich_help_panel=_META)
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Greatest norm of a meta-gradient; 0 for any.",
+            show_default="1; any with --clip-ratio",
+            rich_help_panel=_META,
+        ),
+    ] = None,
     clip_ratio: Annotated[
         float | None,
         typer.Option(help="Greatest norm relative to the mean of those before.", rich_help_panel=_META),
@@ -219,7 +224,7 @@ def train(
         shards=shards,
         lr=lr,
         warmup=warmup,
-        clip=clip or None,
+        clip=(TrainConfig.clip if clip_ratio is None else None) if clip is None else clip or None,
         clip_ratio=clip_ratio,
         average=average,
         objective=objective.value,
@@ -280,6 +285,9 @@ def train(
             truncation=config.truncation,
             seed=config.validation_seed,
             second_derivatives=config.second_derivatives,
+            slope_floor=config.slope_floor,
+            objective=config.objective,
+            loss_weights=config.weights_between(0, config.horizon),
         )
         console.print(tables.diagnosis_table(diagnosis))
     print_written(folder / BEST)
@@ -315,6 +323,8 @@ def _initial_rule(
         if given:
             raise ValueError(f"the rule of --init-from has settings of its own; leave out {' and '.join(given)}")
         return as_rule(init_from)
+    if p is not None and preprocess is not _Preprocess.LOG:
+        raise ValueError("--p belongs to the log preprocessing; add --preprocess log, or leave it out")
     torch.manual_seed(seed)
     return CoordinatewiseLSTM(
         RuleSpec.hidden_size if hidden_size is None else hidden_size,

@@ -79,7 +79,7 @@ def trace(
             leaves = {name: view.detach().requires_grad_() for name, view in layout.views(theta).items()}
             with torch.enable_grad():
                 loss = instances.loss(leaves, generator=generator).sum()
-            layout.gather(torch.autograd.grad(loss, list(leaves.values())), out=grads[step])
+            layout.gather(torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), out=grads[step])
             update, state = rule(grads[step], state)
             theta = theta + update
             advance()

@@ -15,6 +15,7 @@ from l2l_fast.baselines import BASELINES, COARSE_TO_FINE_POINTS, GRID_POINTS, Tu
 from l2l_fast.experiments.effort import effort_for
 from l2l_fast.experiments.output import write_json
 from l2l_fast.experiments.progress import progress
+from l2l_fast.meta.checkpoint import describe_problem
 from l2l_fast.problems import Problem
 
 # Out of the way of the small seeds that people train with, and next to the one of validation, so that no two
@@ -50,7 +51,7 @@ def tune_baselines(
     effort = effort_for(problem)
     functions = effort.tuning if functions is None else functions
     file = None if cache is None else cache / _CACHE
-    key = f"{problem!r} steps={steps} functions={functions} screening={effort.screening} seed={seed}"
+    key = f"{describe_problem(problem)} steps={steps} functions={functions} screening={effort.screening} seed={seed}"
     known = {} if file is None else _read(file)
     if not retune:
         found = known.get(key) or _parse(_SHIPPED.read_text()).get(key)

@@ -65,7 +65,7 @@ def describe(rule: nn.Module, problem: object, config: TrainConfig) -> dict[str,
             "type": type(rule).__name__,
             "weights": {name: list(tensor.shape) for name, tensor in rule.state_dict().items()},
         }
-    return {"rule": about_rule, "problem": _describe_problem(problem), "config": config.to_dict()}
+    return {"rule": about_rule, "problem": describe_problem(problem), "config": config.to_dict()}
 
 
 def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], about: dict[str, Any], progress: Progress) -> None:
@@ -123,7 +123,7 @@ def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _describe_problem(problem: object) -> str:
+def describe_problem(problem: object) -> str:
     """Its ``repr``, or one made of its public attributes that are plain values."""
     if type(problem).__repr__ is not object.__repr__:
         return repr(problem)

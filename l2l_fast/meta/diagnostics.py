@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from l2l_fast import reference
+from l2l_fast.meta.objective import Objective
 from l2l_fast.meta.unroll import unroll
 from l2l_fast.meta.validation import affordable_functions
 from l2l_fast.problems import Instances, Problem
@@ -133,6 +135,9 @@ def diagnose(
     functions: int | None = None,
     seed: int = 0,
     second_derivatives: bool = False,
+    slope_floor: float = 0.0,
+    objective: Objective = "loss",
+    loss_weights: Sequence[float] | None = None,
 ) -> Diagnosis:
     """Watch ``rule`` for ``steps`` steps on ``functions`` instances; it stays as it is.
 
@@ -140,7 +145,8 @@ def diagnose(
         functions: ``None`` is 64, or as many as have 32 768 coordinates, but at least 1.
         truncation: steps of a segment, as in training.
         seed: of the instances.
-        second_derivatives: whether meta-gradients flow through the gradients of the instances, as in training.
+        second_derivatives, slope_floor, objective: of the meta-gradients, as in training, see :func:`unroll`.
+        loss_weights: ``[steps + 1]``, as in training; ``None`` is 1 for every step.
 
     Raises:
         TypeError: if the rule is not a :class:`CoordinatewiseLSTM`.
@@ -159,7 +165,10 @@ def diagnose(
     here = generator.get_state()
     observed = _observe(rule, instances, steps, generator)
     generator.set_state(here)
-    norms = _meta_gradient_norms(rule, instances, steps, truncation, generator, second_derivatives)
+    loss_weights = [1.0] * (steps + 1) if loss_weights is None else loss_weights
+    norms = _meta_gradient_norms(
+        rule, instances, steps, truncation, generator, second_derivatives, slope_floor, objective, loss_weights
+    )
     return Diagnosis(*observed, norms)
 
 
@@ -214,6 +223,9 @@ def _meta_gradient_norms(
     truncation: int,
     generator: torch.Generator,
     second_derivatives: bool,
+    slope_floor: float,
+    objective: Objective,
+    loss_weights: Sequence[float],
 ) -> Tensor:
     norms, params, state = [], None, None
     weights = list(rule.parameters())
@@ -225,7 +237,10 @@ def _meta_gradient_norms(
             params=params,
             state=state,
             generator=generator,
+            loss_weights=loss_weights[start : start + truncation + 1],
+            objective=objective,
             second_derivatives=second_derivatives,
+            slope_floor=slope_floor,
         )
         norms.append(torch.nn.utils.get_total_norm(torch.autograd.grad(run.loss, weights)))
         params, state = run.params, run.state

@@ -150,4 +150,7 @@ class FusedUnroll:
         slopes = meta_loss.slopes(losses)
         if slopes is None:
             return None
-        return torch.stack([grad * self.layout.spread(slope) for grad, slope in zip(grads, slopes, strict=True)])
+        d_points = torch.empty_like(grads)
+        for d_point, grad, slope in zip(d_points, grads, slopes, strict=True):
+            torch.mul(grad, self.layout.spread(slope), out=d_point)
+        return d_points

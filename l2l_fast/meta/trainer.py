@@ -157,13 +157,18 @@ class MetaTrainer:
             OSError: if the folder can't be written.
             ValueError: if the checkpoint is damaged or belongs to another training, or the problem is at fault: shapes,
                 losses that do not depend on the parameters or are not finite at the starting points.
-            FloatingPointError: if 100 updates in a row have a loss or meta-gradient that is not finite.
+            FloatingPointError: if 100 updates in a row, or all, have a loss or meta-gradient that is not finite.
             RuntimeError: if another rank has failed.
         """
         with ExitStack() as held:
             self._open(resume, held)
             with DeferredSignals() as signals:
                 stopped = self._train(signals, on_update)
+            if 0 < self._progress.updates == self._progress.skipped:
+                raise FloatingPointError(
+                    f"none of {self._progress.updates} meta-updates could be made: each had a loss or meta-gradient "
+                    "that is not finite; look at the problem, lower output_scale or shorten truncation"
+                )
             result = self._result(stopped)
             if self._files is not None:
                 self._team.from_leader(lambda: self._write_summary(result))

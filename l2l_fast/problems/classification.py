@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -101,10 +102,7 @@ class ImageClassifierInstances:
         self.problem = problem
         self.batch = batch
         self._largest = data.largest
-        self._splits = {
-            "train": (data.train_images.flatten(1).to(device), data.train_labels.to(device)),
-            "test": (data.test_images.flatten(1).to(device), data.test_labels.to(device)),
-        }
+        self._splits = _splits_on(data, torch.device("cpu" if device is None else device))
         pixels = self._splits["train"][0].shape[1]
         self._widths = (pixels, *problem.hidden, data.classes)
 
@@ -169,6 +167,15 @@ def mnist(**settings: object) -> ImageClassifier:
 def digits(**settings: object) -> ImageClassifier:
     """scikit-learn's 8 x 8 digits, which need no download: by default 64-20-10, sigmoid, minibatches of 128."""
     return ImageClassifier("digits", **settings)  # type: ignore[arg-type]  # checked at run time
+
+
+@functools.lru_cache(maxsize=8)
+def _splits_on(data: Dataset, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rows of pixels and labels of each split, copied to a device once and not for every run."""
+    return {
+        "train": (data.train_images.flatten(1).to(device), data.train_labels.to(device)),
+        "test": (data.test_images.flatten(1).to(device), data.test_labels.to(device)),
+    }
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
