@@ -58,6 +58,8 @@ def test_no_clipping_and_no_truncation(tmp_path: Path) -> None:
         (["--validation-functions", "0"], "validation_functions must be at least 1, got 0"),
         (["--coordinate-fraction", "2"], "coordinate_fraction must be at most 1, got 2.0"),
         (["--truncation", "0"], "truncation must be at least 1, got 0"),
+        (["--final-lr-fraction", "2"], "final_lr_fraction must be at most 1, got 2.0"),
+        (["--patience", "0"], "patience must be at least 1, got 0"),
         (["--p", "5"], "--p belongs to the log preprocessing"),
         (["--init-from", "cubic"], "unknown rule 'cubic'"),
         (["--init-from", "quadratic", "--p", "7"], "has settings of its own; leave out --p"),

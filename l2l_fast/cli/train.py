@@ -139,6 +139,9 @@ def train(
     ] = TrainConfig.coordinate_fraction,
     updates: Annotated[int, typer.Option(min=1, help="Meta-updates.", rich_help_panel=_META)] = TrainConfig.updates,
     lr: Annotated[float, typer.Option(help="Learning rate at the start.", rich_help_panel=_META)] = TrainConfig.lr,
+    final_lr_fraction: Annotated[
+        float, typer.Option(help="What is left of the learning rate at the end.", rich_help_panel=_META)
+    ] = TrainConfig.final_lr_fraction,
     warmup: Annotated[
         int, typer.Option(help="Updates over which the learning rate rises to that.", rich_help_panel=_META)
     ] = TrainConfig.warmup,
@@ -168,6 +171,12 @@ def train(
     validate_every: Annotated[
         int, typer.Option(help="Updates between validations.", rich_help_panel=_VALIDATION)
     ] = TrainConfig.validate_every,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many validations without a new best.", show_default="never", rich_help_panel=_VALIDATION
+        ),
+    ] = None,
     validation_functions: Annotated[
         int | None,
         typer.Option(
@@ -223,6 +232,7 @@ def train(
         batch_size=batch_size,
         shards=shards,
         lr=lr,
+        final_lr_fraction=final_lr_fraction,
         warmup=warmup,
         clip=(TrainConfig.clip if clip_ratio is None else None) if clip is None else clip or None,
         clip_ratio=clip_ratio,
@@ -233,6 +243,7 @@ def train(
         coordinate_fraction=coordinate_fraction,
         loss_power=loss_power,
         validate_every=validate_every,
+        patience=patience,
         validation_functions=validation_functions,
         checkpoint_every=checkpoint_every,
         seed=seed,
