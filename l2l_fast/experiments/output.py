@@ -67,7 +67,7 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(_without_nonfinite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a table as CSV, atomically."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
