@@ -86,24 +86,39 @@ class Descent:
 
 
 def minimize(instances: Instances, optimizer: str, lr: float, steps: int, *, generator: torch.Generator) -> Descent:
-    """Run a baseline on every instance of a batch.
-
-    A run that leaves the finite numbers ends there; its remaining losses are infinite.
+    """:func:`descend` with a baseline.
 
     Args:
         optimizer: name in :data:`BASELINES`.
-        generator: where the initial parameters and minibatches come from. It is copied, not
-            advanced, so that runs with one generator share their starts and minibatches.
 
     Raises:
         ValueError: if there is no baseline of that name.
     """
     if optimizer not in BASELINES:
         raise ValueError(f"unknown baseline {optimizer!r}; known baselines: {', '.join(map(repr, BASELINES))}")
+    return descend(instances, lambda params: BASELINES[optimizer](params, lr), steps, generator=generator)
+
+
+def descend(
+    instances: Instances,
+    make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    steps: int,
+    *,
+    generator: torch.Generator,
+) -> Descent:
+    """Run an optimizer on every instance of a batch.
+
+    A run that leaves the finite numbers ends there; its remaining losses are infinite.
+
+    Args:
+        make_optimizer: makes one for these parameters; it must work elementwise.
+        generator: where the initial parameters and minibatches come from. It is copied, not
+            advanced, so that runs with one generator share their starts and minibatches.
+    """
     generator = generator.clone_state()
     params = {name: param.requires_grad_() for name, param in instances.init(generator=generator).items()}
     tensors = list(params.values())
-    chosen = BASELINES[optimizer](tensors, lr)
+    chosen = make_optimizer(tensors)
     losses: list[Tensor] = []
     for _ in range(steps):
         loss = instances.loss(params, generator=generator)

@@ -56,7 +56,7 @@ class Progress:
         return cls(**values, history=history)
 
 
-def describe(rule: nn.Module, problem: object, config: TrainConfig) -> dict[str, Any]:
+def describe(rule: nn.Module, problem: object, config: TrainConfig, teacher: object | None = None) -> dict[str, Any]:
     """What training is about, as JSON-compatible values: two trainings with the same description are the same."""
     if isinstance(rule, CoordinatewiseLSTM):
         about_rule: dict[str, Any] = {"type": type(rule).__name__, **rule.spec.to_dict()}
@@ -65,7 +65,11 @@ def describe(rule: nn.Module, problem: object, config: TrainConfig) -> dict[str,
             "type": type(rule).__name__,
             "weights": {name: list(tensor.shape) for name, tensor in rule.state_dict().items()},
         }
-    return {"rule": about_rule, "problem": describe_problem(problem), "config": config.to_dict()}
+    about = {"rule": about_rule, "problem": describe_problem(problem), "config": config.to_dict()}
+    if teacher is not None:
+        # The repr of a function holds an address, which differs from process to process.
+        about["teacher"] = getattr(teacher, "__qualname__", None) or describe_problem(teacher)
+    return about
 
 
 def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], about: dict[str, Any], progress: Progress) -> None:

@@ -60,13 +60,21 @@ class FusedUnroll:
         inputs = (self.weights, self.start, self.state)
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
-    def roll(self, steps: int, grads: Tensor | None, before_step: Callable[[int, Tensor, Tensor], None]) -> Rollout:
+    def roll(
+        self,
+        steps: int,
+        grads: Tensor | None,
+        before_step: Callable[[int, Tensor, Tensor], None],
+        step: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Rollout:
         """Take the steps.
 
         Args:
             grads: ``[steps + 1, N]``, filled with the gradient at every point; ``None`` keeps none, and takes none at
                 the last point.
             before_step: called with the number of each step, the point and the packed state before it.
+            step: called with the number of each step, the point and the gradient there, to move the point in place;
+                ``None`` takes the rule's steps.
         """
         spec, layout, chosen = self.spec, self.layout, self.backend
         prepared = chosen.prepare(spec, self.weights.detach())
@@ -92,7 +100,10 @@ class FusedUnroll:
             for t in range(steps):
                 before_step(t, theta, packed)
                 evaluate(rows[t])
-                chosen.step_(spec, prepared, [theta], [rows[t]], [packed])
+                if step is None:
+                    chosen.step_(spec, prepared, [theta], [rows[t]], [packed])
+                else:
+                    step(t, theta, rows[t])
             if grads is not None:
                 evaluate(rows[steps])
         if grads is None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from l2l_fast.meta.checkpoint import select
 from l2l_fast.meta.config import TrainConfig
+from l2l_fast.meta.imitation import Teacher, imitate
 from l2l_fast.meta.unroll import Unroll, unroll
 from l2l_fast.problems import Instances, Problem
+from l2l_fast.rule import CoordinatewiseLSTM
 
 
 @dataclass
@@ -33,21 +35,46 @@ class Shard:
         problem: where instances come from.
         config: settings.
         device: where instances live.
+        teacher: whose steps the rule is to take; ``None`` minimises the losses.
     """
 
-    def __init__(self, number: int, problem: Problem, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        number: int,
+        problem: Problem,
+        config: TrainConfig,
+        device: torch.device,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.number = number
         self._problem = problem
         self._config = config
         self._device = device
+        self._teacher = teacher
         self._generator = torch.Generator().manual_seed(_seed(config.seed, number))
         self._run: _Run | None = None
 
-    def unroll(self, rule: nn.Module, position: int) -> Unroll:
-        """The next segment of the run, which is ``position`` steps old; begins one if there is none."""
+    def unroll(self, rule: nn.Module, position: int, done: float) -> Unroll:
+        """The next segment of the run, which is ``position`` steps old; begins one if there is none.
+
+        Args:
+            done: share of the training that is done, and of the runs that a rule with a teacher drives itself.
+        """
         config = self._config
         if self._run is None:
             self._run = self._start_run()
+        if self._teacher is not None:
+            assert isinstance(rule, CoordinatewiseLSTM)
+            return imitate(
+                rule,
+                self._run.instances,
+                self._teacher,
+                config.horizon,
+                rule_drives=bool(torch.rand((), generator=self._generator) < done),
+                coordinate_fraction=config.coordinate_fraction,
+                generator=self._generator,
+                backend=config.backend,
+            )
         steps = min(config.truncation, config.horizon - position)
         segment = unroll(
             rule,

@@ -21,6 +21,7 @@ from l2l_fast.meta.checkpoint import Progress
 from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.distributed import Team, restarted
 from l2l_fast.meta.folder import TrainingFolder
+from l2l_fast.meta.imitation import Teacher
 from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent
 from l2l_fast.meta.shard import Shard
@@ -70,6 +71,9 @@ class MetaTrainer:
             while the best one is in the result.
         problem: where instances come from.
         config: settings; ``None`` is :class:`TrainConfig` as it is.
+        teacher: train the rule to take this optimizer's steps, see :func:`imitate`, as a warm start; the rule drives a
+            share of the runs that grows from none to all. Validation is by the loss of the problem nevertheless.
+            ``None`` trains by backpropagation through the losses.
         folder: where to keep ``checkpoint.safetensors``, ``log.csv``, ``summary.json`` and, of a
             :class:`CoordinatewiseLSTM`, ``best.safetensors`` (a rule file); made if need be. ``None`` keeps nothing.
 
@@ -78,8 +82,8 @@ class MetaTrainer:
 
     Raises:
         TypeError: if an argument has the wrong kind.
-        ValueError: if no weight of the rule requires grad, or the ranks can't share the shards evenly or differ in
-            what they are to train.
+        ValueError: if no weight of the rule requires grad, or settings have no meaning with a teacher, or the ranks
+            can't share the shards evenly or differ in what they are to train.
 
     Source: Andrychowicz et al. 2016, sections 2 and 3.
     """
@@ -90,6 +94,7 @@ class MetaTrainer:
         problem: Problem,
         config: TrainConfig | None = None,
         *,
+        teacher: Teacher | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(rule, nn.Module):
@@ -101,6 +106,8 @@ class MetaTrainer:
         self.rule = rule
         self.problem = problem
         self.config = config or TrainConfig()
+        if teacher is not None:
+            _check_teaching(rule, self.config)
         self.folder = None if folder is None else Path(folder)
         self._weights = [weight for weight in rule.parameters() if weight.requires_grad]
         if not self._weights:
@@ -109,7 +116,7 @@ class MetaTrainer:
         self._team = Team(self._device)
         shares = self._team.share(self.config.shards)
         # Taken now: a problem may change while it is sampled from.
-        self._about = checkpoint.describe(rule, problem, self.config)
+        self._about = checkpoint.describe(rule, problem, self.config, teacher)
         if self.config.validation_functions is None:
             functions = self._team.together(lambda: validation_functions(rule, problem, self._device))
             self.config = replace(self.config, validation_functions=functions)
@@ -118,7 +125,7 @@ class MetaTrainer:
         self._team.broadcast(rule.state_dict().values())
         self._files = None if self.folder is None else TrainingFolder(self.folder)
         self._optimizer = torch.optim.Adam(self._weights, lr=self.config.lr, fused=True)
-        self._shards = [Shard(number, problem, self.config, self._device) for number in shares]
+        self._shards = [Shard(number, problem, self.config, self._device, teacher) for number in shares]
         self._progress = Progress()
         # What is validated: the rule itself, or a copy with the average of its weights.
         self._judged = rule if self.config.average is None else copy.deepcopy(rule)
@@ -134,6 +141,7 @@ class MetaTrainer:
             best.card = {
                 "problem": self._about["problem"],
                 "config": self._about["config"],
+                **({"teacher": self._about["teacher"]} if "teacher" in self._about else {}),
                 "updates": self._progress.best_update,
                 "validation_loss": _finite_or_none(self._progress.best_validation_loss),
             }
@@ -256,9 +264,9 @@ class MetaTrainer:
     def _segments(self, clock: float) -> Tensor:
         """A row for each shard of this rank: the meta-gradient, the loss, whether it was lost already at the starting
         point, the seconds of training."""
-        rows = []
+        rows, done = [], self._progress.updates / self.config.updates
         for shard in self._shards:
-            segment = shard.unroll(self.rule, self._progress.position)
+            segment = shard.unroll(self.rule, self._progress.position, done)
             grads = torch.autograd.grad(segment.loss, self._weights, materialize_grads=True)
             loss = segment.loss.detach().double()
             lost = not (self._progress.position or segment.losses[0].isfinite().all())
@@ -439,6 +447,20 @@ class MetaTrainer:
             **self._about,
         }
         self._files.write_summary(summary)
+
+
+def _check_teaching(rule: nn.Module, config: TrainConfig) -> None:
+    if not isinstance(rule, CoordinatewiseLSTM):
+        raise TypeError(f"only a CoordinatewiseLSTM can learn from a teacher, got {type(rule).__name__}")
+    if config.truncation != config.horizon:
+        raise ValueError(
+            f"a teacher is imitated over whole runs; set truncation, which is {config.truncation}, to the horizon of "
+            f"{config.horizon}"
+        )
+    plain = TrainConfig()
+    for name in ("objective", "loss_power", "loss_weights", "second_derivatives"):
+        if getattr(config, name) != getattr(plain, name):
+            raise ValueError(f"{name} has no meaning with a teacher, whose steps are all that counts; leave it out")
 
 
 def _copy_weights(rule: nn.Module) -> dict[str, Tensor]:
