@@ -105,6 +105,7 @@ def descend(
     steps: int,
     *,
     generator: torch.Generator,
+    on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> Descent:
     """Run an optimizer on every instance of a batch.
 
@@ -114,13 +115,14 @@ def descend(
         make_optimizer: makes one for these parameters; it must work elementwise.
         generator: where the initial parameters and minibatches come from. It is copied, not
             advanced, so that runs with one generator share their starts and minibatches.
+        on_step: called after every step with how many there were and the parameters.
     """
     generator = generator.clone_state()
     params = {name: param.requires_grad_() for name, param in instances.init(generator=generator).items()}
     tensors = list(params.values())
     chosen = make_optimizer(tensors)
     losses: list[Tensor] = []
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         loss = instances.loss(params, generator=generator)
         losses.append(loss.detach())
         if not loss.isfinite().all():
@@ -128,6 +130,8 @@ def descend(
         for param, grad in zip(tensors, torch.autograd.grad(loss.sum(), tensors, materialize_grads=True), strict=True):
             param.grad = grad
         chosen.step()
+        if on_step is not None:
+            on_step(step, params)
     else:
         with torch.no_grad():
             losses.append(instances.loss(params, generator=generator))

@@ -16,6 +16,7 @@ from l2l_fast.backends import backends
 from l2l_fast.cli.common import Threads, print_written, set_threads
 from l2l_fast.cli.evaluate import evaluate
 from l2l_fast.cli.figure import figure
+from l2l_fast.cli.reproduce import reproduce, tune_teacher
 from l2l_fast.cli.train import train
 from l2l_fast.experiments import cost_model, numerics, speed, tables
 from l2l_fast.experiments import demo as demonstration
@@ -55,7 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (train, evaluate, figure):
+for command in (train, evaluate, figure, reproduce, tune_teacher):
     app.command()(command)
 
 

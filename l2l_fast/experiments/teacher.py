@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from l2l_fast.optim import LearnedOptimizer
+from l2l_fast.rule import CoordinatewiseLSTM
 
 GRADIENT = 0.05  # where ``lr`` is the length of a step: about the root mean square at the start on MNIST
 
@@ -19,7 +22,8 @@ class PowerMomentum:
 
     With ``m`` and ``s`` the exponential means of gradient and squared gradient, step ``t`` adds::
 
-        -lr * (1 + t / decay_time)**-decay * (g + slow * m) / GRADIENT * (GRADIENT / sqrt(s))**power
+        -lr * shorter_t * (g + slow * m) / GRADIENT * (GRADIENT / sqrt(s))**power
+        shorter_t = (1 + t / decay_time)**-decay * (settled + (1 - settled) * sigmoid((settle_at - t) / settle_width))
 
     Args:
         lr: length of the first step where the gradient is ``GRADIENT``.
@@ -28,6 +32,8 @@ class PowerMomentum:
         momentum: decay of ``m``, which starts at 0.
         memory: decay of ``s``, whose bias to 0 is corrected.
         decay, decay_time: how fast steps grow shorter.
+        settled: to which fraction of that they fall towards the end,
+        settle_at, settle_width: around which step, and over how many.
     """
 
     lr: float
@@ -37,6 +43,9 @@ class PowerMomentum:
     memory: float
     decay: float
     decay_time: float
+    settled: float = 1.0
+    settle_at: float = 0.0
+    settle_width: float = 1.0
 
     def __call__(self, params: list[Tensor], /) -> torch.optim.Optimizer:
         """An optimizer of ``params``."""
@@ -44,8 +53,46 @@ class PowerMomentum:
 
     def factor(self, step: int) -> float:
         """What ``(g + slow * m) / sqrt(s)**power`` is multiplied by."""
-        decayed = self.lr * math.pow(1 + step / self.decay_time, -self.decay)
-        return decayed * math.pow(GRADIENT, self.power - 1)
+        decayed = math.pow(1 + step / self.decay_time, -self.decay)
+        fallen = 0.5 + 0.5 * math.tanh((step - self.settle_at) / self.settle_width / 2)
+        shorter = decayed * (1 - (1 - self.settled) * fallen)
+        return self.lr * shorter * math.pow(GRADIENT, self.power - 1)
+
+
+@dataclass(frozen=True)
+class Relay:
+    """A rule for the first steps, then another teacher, which has seen the gradients of these too.
+
+    Args:
+        rule: takes the first ``steps``.
+        then: takes the others.
+    """
+
+    rule: CoordinatewiseLSTM = field(repr=False)
+    steps: int
+    then: PowerMomentum
+
+    def __call__(self, params: list[Tensor], /) -> torch.optim.Optimizer:
+        """An optimizer of ``params``."""
+        return _RelayOptimizer(params, self)
+
+
+class _RelayOptimizer(torch.optim.Optimizer):
+    def __init__(self, params: list[Tensor], relay: Relay) -> None:
+        super().__init__(params, {})
+        self._left = relay.steps
+        self._first, self._then = LearnedOptimizer(params, relay.rule), relay.then(params)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        params = self.param_groups[0]["params"]
+        before = [param.clone() for param in params]
+        self._then.step()
+        if self._left:
+            self._left -= 1
+            for param, value in zip(params, before, strict=True):
+                param.copy_(value)
+            self._first.step()
 
 
 class _Optimizer(torch.optim.Optimizer):

@@ -1,0 +1,52 @@
+"""``l2l-fast reproduce`` and ``l2l-fast tune-teacher``: the way to the shipped rules."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from l2l_fast.cli.common import DataDir, ProblemName, Threads, make_problem, print_written, set_threads, use_data_dir
+from l2l_fast.experiments import recipes, tables, teacher_search
+from l2l_fast.experiments.output import prepare_folder
+from l2l_fast.experiments.progress import console
+
+
+def reproduce(
+    rule: Annotated[str, typer.Argument(metavar="RULE", help="A shipped rule: quadratic, mnist or digits.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, functions and minibatches.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the stages.", show_default="runs/reproduce-RULE-SEED")
+    ] = None,
+    data_dir: DataDir = None,
+    threads: Threads = None,
+) -> None:
+    """Train a shipped rule again, all stages of its recipe. Interrupted, the same command carries on."""
+    set_threads(threads)
+    use_data_dir(data_dir)
+    folder = prepare_folder(Path("runs") / f"reproduce-{rule}-{seed}" if out is None else out)
+    trained = recipes.reproduce(rule, seed, folder)
+    losses = trained.card["validation_loss_by_output_scale"]
+    console.print(tables.info_table({f"output_scale {scale}": f"{loss:.4g}" for scale, loss in losses.items()}))
+    print_written(folder / recipes.RULE)
+
+
+def tune_teacher(
+    problem: ProblemName = None,
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = teacher_search.TRIALS,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for teacher.json.")] = Path("runs/teacher"),
+    data_dir: DataDir = None,
+    threads: Threads = None,
+) -> None:
+    """Find the settings of the hand-made optimizer that the recipes for networks imitate first."""
+    set_threads(threads)
+    use_data_dir(data_dir)
+    if problem is None:
+        raise ValueError("name the problem to tune the teacher for")
+    folder = prepare_folder(out)
+    found = teacher_search.search_teacher(make_problem(problem), folder, trials=trials, seed=seed)
+    console.print(tables.info_table({name: f"{value:.4g}" for name, value in asdict(found).items()}))
+    print_written(folder / teacher_search.TEACHER)

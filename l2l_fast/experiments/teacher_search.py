@@ -1,0 +1,108 @@
+"""Settings of the hand-made teacher for a problem, found by a random search that learns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+import optuna
+import torch
+from torch import Tensor
+
+from l2l_fast.baselines import descend, final_losses
+from l2l_fast.experiments.output import write_json
+from l2l_fast.experiments.progress import progress
+from l2l_fast.experiments.teacher import PowerMomentum
+from l2l_fast.problems import Evaluates, Problem
+
+TEACHER = "teacher.json"
+TRIALS = 300
+RUNS = 12  # that a trial is judged by, the same ones for every trial
+
+# Next to those of validation, tuning and evaluation.
+SEARCH_SEED = 2**31 + 3
+
+STEPS = 100
+
+_STARTUP_TRIALS = 30
+_MEAN_WEIGHT, _LONGER_WEIGHT = 2.0, 0.3
+
+# Adam with decays of 0.9 for both means, to begin with.
+_FIRST_TRIAL = {
+    "lr": 0.005,
+    "power": 1.0,
+    "slow": 4.0,
+    "1 - momentum": 0.1,
+    "1 - memory": 0.1,
+    "decay": 0.5,
+    "decay_time": 30.0,
+    "settled": 0.5,
+    "settle_at": 85.0,
+    "settle_width": 8.0,
+}
+
+_SHIPPED = files("l2l_fast.experiments") / "teachers.json"
+
+
+def shipped_teacher(problem: str) -> PowerMomentum:
+    """The teacher for the problem called ``problem`` that :func:`search_teacher` found, kept in the package."""
+    return PowerMomentum(**json.loads(_SHIPPED.read_text())[problem])
+
+
+def search_teacher(
+    problem: Problem, folder: Path, *, trials: int = TRIALS, runs: int = RUNS, seed: int = 0
+) -> PowerMomentum:
+    """The best of ``trials`` settings, written to ``folder/teacher.json``.
+
+    Judged by ``log f(100) + 2 log mean f(0..100) + 0.3 log f(200)``, with losses averaged over runs.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    generator = torch.Generator().manual_seed(SEARCH_SEED)
+    instances = problem.sample(runs, generator=generator)
+
+    def judge(teacher: PowerMomentum) -> float:
+        halfway: list[Tensor] = []
+
+        def look(step: int, params: Mapping[str, Tensor]) -> None:
+            if step == STEPS and isinstance(instances, Evaluates):
+                halfway.append(instances.evaluate(params))
+
+        run = descend(instances, teacher, 2 * STEPS, generator=generator, on_step=look)
+        last = final_losses(instances, run.losses, run.params).mean().item()
+        if not math.isfinite(last):
+            return math.inf
+        final = (halfway[0] if halfway else run.losses[STEPS]).mean().item()
+        mean = run.losses[: STEPS + 1].mean().item()
+        return math.log(final) + _MEAN_WEIGHT * math.log(mean) + _LONGER_WEIGHT * math.log(last)
+
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=_STARTUP_TRIALS)
+    study = optuna.create_study(sampler=sampler)
+    study.enqueue_trial(_FIRST_TRIAL)
+    with progress("tuning a teacher", trials) as advance:
+        study.optimize(
+            lambda trial: judge(_suggest(trial)),
+            n_trials=trials,
+            callbacks=[lambda study, trial: advance(note=f"best {study.best_value:.3f}")],
+        )
+    found = _suggest(optuna.trial.FixedTrial(study.best_params))
+    write_json(folder / TEACHER, asdict(found))
+    return found
+
+
+def _suggest(trial: optuna.Trial | optuna.trial.FixedTrial) -> PowerMomentum:
+    return PowerMomentum(
+        lr=trial.suggest_float("lr", 1e-3, 0.2, log=True),
+        power=trial.suggest_float("power", 0.3, 1.0),
+        slow=trial.suggest_float("slow", 0.0, 6.0),
+        momentum=1 - trial.suggest_float("1 - momentum", 0.01, 0.5, log=True),
+        memory=1 - trial.suggest_float("1 - memory", 0.02, 1.0, log=True),
+        decay=trial.suggest_float("decay", 0.0, 1.5),
+        decay_time=trial.suggest_float("decay_time", 2.0, 100.0, log=True),
+        settled=trial.suggest_float("settled", 0.05, 1.0),
+        settle_at=trial.suggest_float("settle_at", 40.0, 110.0),
+        settle_width=trial.suggest_float("settle_width", 1.0, 30.0, log=True),
+    )
