@@ -26,8 +26,9 @@ def reproduce(
     """Train a shipped rule again, all stages of its recipe. Interrupted, the same command carries on."""
     set_threads(threads)
     use_data_dir(data_dir)
+    recipe = recipes.recipe_for(rule)
     folder = prepare_folder(Path("runs") / f"reproduce-{rule}-{seed}" if out is None else out)
-    trained = recipes.reproduce(rule, seed, folder)
+    trained = recipes.reproduce(recipe, seed, folder)
     losses = trained.card["validation_loss_by_output_scale"]
     console.print(tables.info_table({f"output_scale {scale}": f"{loss:.4g}" for scale, loss in losses.items()}))
     print_written(folder / recipes.RULE)

@@ -51,6 +51,7 @@ class Recipe:
     """All it takes to train a shipped rule.
 
     Attributes:
+        name: of the rule.
         problem: name of what it is trained on.
         stages: one after the other; the rule is that of the last.
         limits: what is known not to work, for the card.
@@ -58,6 +59,7 @@ class Recipe:
         scales: factors on ``output_scale`` among which validation chooses at the end.
     """
 
+    name: str
     problem: str
     stages: tuple[Stage, ...]
     limits: str
@@ -97,32 +99,39 @@ def _network_stages(problem: str) -> tuple[Stage, ...]:
     return (
         Stage("imitate", replace(whole, updates=1200, lr=3e-3), teacher=teacher),
         Stage("sprint", sprint, start="imitate"),
-        Stage("relay", replace(whole, updates=1200, lr=2e-3), start="imitate", teacher=teacher, leader=("sprint", 8)),
+        Stage("relay", replace(whole, updates=1500, lr=2e-3), start="imitate", teacher=teacher, leader=("sprint", 8)),
     )
 
 
-def recipes() -> dict[str, Recipe]:
-    """A recipe for every shipped rule, by name."""
-    quadratic = Stage("train", TrainConfig(updates=12000, second_derivatives=True))
-    scales = (0.8, 0.9, 1.0, 1.1, 1.25)
-    return {
-        "quadratic": Recipe("quadratic", (quadratic,), _QUADRATIC_LIMITS, Identity),
-        "mnist": Recipe("mnist", _network_stages("mnist"), _MNIST_LIMITS, scales=scales),
-        "digits": Recipe("digits", _network_stages("digits"), _DIGITS_LIMITS, scales=scales),
-    }
+def recipe_for(rule: str) -> Recipe:
+    """The recipe of a shipped rule.
 
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if rule == "quadratic":
+        config = TrainConfig(updates=12000, second_derivatives=True)
+        return Recipe(rule, rule, (Stage("train", config),), _QUADRATIC_LIMITS, Identity)
+    if rule in _NETWORK_LIMITS:
+        return Recipe(rule, rule, _network_stages(rule), _NETWORK_LIMITS[rule], scales=_SCALES)
+    raise ValueError(f"there is no recipe for {rule!r}, only for 'quadratic', {', '.join(map(repr, _NETWORK_LIMITS))}")
+
+
+_SCALES = (0.8, 0.9, 1.0, 1.1, 1.25)
 
 _QUADRATIC_LIMITS = (
     "Trained for 100 steps and for functions of this scale and dimension. On 2048 functions of dimension 20 the mean "
     "loss at step 100 was 0.35, and from 100 to 1000 steps it still fell on dimensions 5, 10 and 20; nothing else was "
     "tried. Not meant for neural networks."
 )
-_MNIST_LIMITS = "Trained for 100 steps on this network; see docs/results.md for other networks and longer runs."
-_DIGITS_LIMITS = "For networks as small as 64-20-10 on 8 x 8 images, 100 steps. See docs/results.md."
+_NETWORK_LIMITS = {
+    "mnist": "Trained for 100 steps on this network; see docs/results.md for other networks and longer runs.",
+    "digits": "For networks as small as 64-20-10 on 8 x 8 images, 100 steps. See docs/results.md.",
+}
 
 
-def reproduce(name: str, seed: int, folder: Path) -> CoordinatewiseLSTM:
-    """Train the rule called ``name`` as its recipe says; the card tells what it went through.
+def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
+    """Train a rule as its recipe says; its card tells what it went through.
 
     Every stage has a folder of its own in ``folder``. What was interrupted carries on there, and what is done is not
     done again. ``folder/rule.safetensors`` is written at the end.
@@ -130,12 +139,8 @@ def reproduce(name: str, seed: int, folder: Path) -> CoordinatewiseLSTM:
     Raises:
         BlockingIOError: if another training is at work in the folder.
         OSError: if it can't be written.
-        ValueError: if there is no such recipe, or the folder holds stages of another one or of another seed.
+        ValueError: if the folder holds stages of another recipe or of another seed.
     """
-    known = recipes()
-    if name not in known:
-        raise ValueError(f"no recipe for {name!r}; there is one for {', '.join(map(repr, known))}")
-    recipe = known[name]
     problem = PROBLEMS[recipe.problem]()
     rules: dict[str, CoordinatewiseLSTM] = {}
     history: list[dict[str, Any]] = []
@@ -152,8 +157,8 @@ def reproduce(name: str, seed: int, folder: Path) -> CoordinatewiseLSTM:
         history.append({"stage": stage.name, "start": stage.start, "leader": stage.leader, **best.card})
     chosen, losses = choose_scale(rules[recipe.stages[-1].name], problem, config, recipe.scales)
     chosen.card = {
-        "name": name,
-        "command": f"l2l-fast reproduce {name} --seed {seed}",
+        "name": recipe.name,
+        "command": f"l2l-fast reproduce {recipe.name} --seed {seed}",
         "problem": history[-1]["problem"],
         "stages": history,
         "validation_loss_by_output_scale": losses,
