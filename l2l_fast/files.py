@@ -1,9 +1,11 @@
-"""Safetensors files, written atomically and read with clear errors."""
+"""Files written atomically, and safetensors files read with clear errors."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def save_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
-    """Write a safetensors file under a temporary name in the same folder, then rename it.
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file to write, in the same folder, that becomes ``path`` if nothing is raised.
 
     Raises:
         OSError: if the folder does not exist or can't be written; an existing file is left as it is.
@@ -27,7 +30,7 @@ def save_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: 
     temporary = Path(name)
     try:
         os.close(handle)
-        save_file(tensors, temporary, metadata=metadata)
+        yield temporary
         temporary.chmod(0o644)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -35,6 +38,16 @@ def save_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | os.PathLike[str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: as :func:`replacing` does.
+    """
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load_tensors(path: str | os.PathLike[str], expected_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from l2l_fast.files import replacing
+
 
 def prepare_folder(path: str | os.PathLike[str]) -> Path:
     """The folder ``path``, made if needed and tried for writing, before any work is done for it.
@@ -32,23 +34,13 @@ def prepare_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name in the same folder, then rename it.
+    """Write a file, whole or not at all.
 
     Raises:
         OSError: if it can't be written; an existing file is left as it is.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _without_nonfinite(value: Any) -> Any:

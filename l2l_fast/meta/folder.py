@@ -13,6 +13,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
+from l2l_fast.files import replacing
 from l2l_fast.meta.lock import hold
 from l2l_fast.meta.log import LogRow
 
@@ -73,13 +74,8 @@ class TrainingFolder:
         self._write(SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        # Always the same name, as nobody else writes here: what a killed process left is written over.
-        temporary = self.path / f".{name}.part"
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / name)
+        with replacing(self.path / name) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def _make_writable(folder: Path) -> None:
