@@ -169,3 +169,21 @@ def test_killed_again_and_again_it_still_gets_there(tmp_path: Path) -> None:
     assert int(done.stdout) >= 3
     assert_same_training(tmp_path / "whole", tmp_path / "cut")
     assert contents(tmp_path / "cut")["progress"]["updates"] == updates
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_restarted_process_carries_on_with_its_own_job_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    """A job that was refused a used folder at first must not take it over at its next attempt."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    config = replace(SMALL, max_seconds=1e-9)
+    MetaTrainer(make_rule(), Quadratic(), config, folder=tmp_path).fit()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one" if same else "two")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    trainer = MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path)
+    if same:
+        assert trainer.fit().updates == SMALL.updates
+    else:
+        with pytest.raises(FileExistsError, match="of an earlier training"):
+            trainer.fit()

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from l2l_fast.files import load_tensors, save_atomically
 from l2l_fast.meta.config import FREE_FIELDS, TrainConfig
+from l2l_fast.meta.distributed import job
 from l2l_fast.meta.log import LogRow
 from l2l_fast.rule import CoordinatewiseLSTM
 
@@ -78,10 +80,19 @@ def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], about: dict[s
     Raises:
         OSError: if the folder can't be written; an existing file is left as it is.
     """
-    metadata = {"format": FORMAT, "about": json.dumps(about), "progress": json.dumps(asdict(progress))}
+    metadata = {"format": FORMAT, "about": json.dumps(about), "progress": json.dumps(asdict(progress)), "job": job()}
     # Copies, because parameters of a run are views of one tensor, which the format refuses to share.
     copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     save_atomically(copies, metadata, path)
+
+
+def written_by(path: str | os.PathLike[str]) -> str | None:
+    """The job that wrote the checkpoint; ``None`` if it is damaged."""
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return (file.metadata() or {}).get("job")
+    except SafetensorError:
+        return None
 
 
 def load(path: str | os.PathLike[str], about: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:

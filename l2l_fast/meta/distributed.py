@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -165,6 +166,12 @@ def launched() -> bool:
 def restarted() -> bool:
     """Whether ``torchrun`` has started this process in place of one that failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def job() -> str:
+    """What tells a ``torchrun`` job from others, the same for a process started in place of one that failed."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
 
 
 @contextmanager

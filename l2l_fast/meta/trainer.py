@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from l2l_fast.meta import checkpoint
 from l2l_fast.meta.checkpoint import Progress
 from l2l_fast.meta.config import TrainConfig
-from l2l_fast.meta.distributed import Team, restarted
+from l2l_fast.meta.distributed import Team, job, restarted
 from l2l_fast.meta.folder import TrainingFolder
 from l2l_fast.meta.imitation import Teacher
 from l2l_fast.meta.interrupt import DeferredSignals
@@ -380,7 +380,9 @@ class MetaTrainer:
     def _claim(self, resume: bool, held: ExitStack) -> bool:
         """Whether there is something to restore. No file is written before the first checkpoint."""
         assert self._files is not None
-        resume = resume or (restarted() and self._files.checkpoint.exists())
+        path = self._files.checkpoint
+        # A folder that the job was refused at first is not its own after a restart either.
+        resume = resume or (restarted() and path.exists() and checkpoint.written_by(path) == job())
         if resume and not self._files.checkpoint.exists():
             raise FileNotFoundError(f"there is no file {self._files.checkpoint} to resume from")
         held.enter_context(self._files.held())
