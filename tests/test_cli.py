@@ -18,6 +18,9 @@ from l2l_fast import CoordinatewiseLSTM, LogAndSign, __version__
 from l2l_fast.backends import get
 from l2l_fast.cli import main
 from l2l_fast.cli.app import app
+from l2l_fast.experiments import recipes
+from l2l_fast.experiments.recipes import Recipe, Stage
+from l2l_fast.meta import TrainConfig
 from l2l_fast.problems import PROBLEMS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +61,18 @@ def test_info() -> None:
 def test_every_command_has_help() -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("info", "train", "evaluate", "figure", "numerics", "bench", "kernels", "demo"):
+    for command in (
+        "info",
+        "train",
+        "evaluate",
+        "figure",
+        "reproduce",
+        "tune-teacher",
+        "numerics",
+        "bench",
+        "kernels",
+        "demo",
+    ):
         assert command in out
         assert run(command, "--help")[0] == 0
 
@@ -233,6 +247,16 @@ def test_evaluate_a_network(rule_file: Path, tmp_path: Path) -> None:
     assert values["other_measures"].keys() == {"minibatch", "test", "mean"}
 
 
+def test_evaluate_several_rules_and_the_teacher(rule_file: Path, tmp_path: Path) -> None:
+    known = ["--rule", "digits", "--teacher", "--steps", "100", "--runs", "2"]
+    assert run("evaluate", "digits", "--rule", rule_file, *known, "--out", tmp_path / "out")[0] == 0
+    values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(values["final_loss"])[:3] == [str(rule_file), "digits", "teacher"]
+    assert values["final_loss"]["teacher"] < values["final_loss"]["nag"]
+    message = error_of("evaluate", "quadratic", "--rule", "quadratic", "--teacher")
+    assert "no teacher was tuned for 'quadratic', only for 'mnist', 'digits'" in message
+
+
 def test_evaluate_a_problem_of_the_user(rule_file: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from l2l_fast.problems import Quadratic\ndef make(dim=3):\n    return Quadratic(dim=dim)\n"
@@ -346,3 +370,25 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
     assert run(*command[2:-1], str(uninterrupted))[0] == 0
     resumed, expected = (CoordinatewiseLSTM.load(folder / "best.safetensors") for folder in (out, uninterrupted))
     assert torch.equal(resumed.flat_weights(), expected.flat_weights())
+
+
+def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TrainConfig(updates=2, horizon=4, truncation=4, batch_size=2, validation_functions=4)
+    tiny = Recipe("tiny", "quadratic", (Stage("train", whole),), "Good for nothing.", scales=(0.5, 1.0))
+    monkeypatch.setattr(recipes, "recipe_for", lambda name: tiny)
+    code, printed, _ = run("reproduce", "tiny", "--out", tmp_path / "out")
+    assert code == 0
+    assert "output_scale 0.05" in printed
+    assert str(tmp_path / "out" / recipes.RULE) in printed.replace("\n", "")
+    assert CoordinatewiseLSTM.load(tmp_path / "out" / recipes.RULE).card["name"] == "tiny"
+    monkeypatch.undo()
+    assert "there is no recipe for 'cubic'" in error_of("reproduce", "cubic", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_tune_teacher(tmp_path: Path) -> None:
+    code, printed, _ = run("tune-teacher", "quadratic", "--trials", "2", "--out", tmp_path)
+    assert code == 0
+    assert "power" in printed
+    assert json.loads((tmp_path / "teacher.json").read_text())["lr"] > 0
+    assert "name the problem" in error_of("tune-teacher")

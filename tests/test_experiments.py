@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_evaluation_compares_on_the_same_functions(evaluation: Evaluation) -> No
     assert evaluation.best_baseline == min(BASELINES, key=lambda name: evaluation.baselines[name].final_loss)
     assert evaluation.ratio("lstm").won == 0
     assert evaluation.ratio("lstm").value > 20
+
+
+def test_a_teacher_can_be_among_the_rules(rule: CoordinatewiseLSTM, evaluation: Evaluation) -> None:
+    tuned = evaluation.baselines["adam"].tuned
+    assert tuned is not None
+    adam = partial(torch.optim.Adam, lr=tuned.lr)
+    found = evaluate(Quadratic(), {"lstm": rule, "teacher": adam}, {}, name="quadratic", functions=64)
+    assert torch.equal(found.learned["teacher"].losses, evaluation.baselines["adam"].losses)
 
 
 def test_evaluation_is_reproducible_and_depends_on_its_seed(rule: CoordinatewiseLSTM) -> None:

@@ -24,8 +24,10 @@ from l2l_fast.experiments.evaluate import Evaluation, evaluate_rules
 from l2l_fast.experiments.machine import machine
 from l2l_fast.experiments.output import prepare_folder, write_json
 from l2l_fast.experiments.progress import console
+from l2l_fast.experiments.teacher_search import shipped_teacher
 from l2l_fast.experiments.tuning import STEPS
-from l2l_fast.rule import as_rule, available_rules
+from l2l_fast.meta import Teacher
+from l2l_fast.rule import CoordinatewiseLSTM, as_rule, available_rules
 
 Runs = Annotated[
     int | None,
@@ -35,23 +37,31 @@ Retune = Annotated[bool, typer.Option("--retune", help="Tune baselines anew, eve
 
 
 def evaluate(
-    rule: Annotated[str, typer.Option(help="A shipped rule by name, or the path of a .safetensors file.")],
+    rule: Annotated[
+        list[str],
+        typer.Option(help="A shipped rule by name, or the path of a .safetensors file; may be repeated."),
+    ],
     problem: ProblemName = None,
     problem_file: ProblemFile = None,
     settings: Settings = None,
     runs: Runs = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of every run.")] = STEPS,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Also the hand-made optimizer that the shipped rule imitated at first.")
+    ] = False,
     retune: Retune = False,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and curves.png.")] = None,
     data_dir: DataDir = None,
     threads: Threads = None,
 ) -> None:
-    """Compare a rule with tuned SGD, NAG, RMSprop and Adam on fresh functions."""
+    """Compare rules with tuned SGD, NAG, RMSprop and Adam on fresh functions."""
     set_threads(threads)
     use_data_dir(data_dir)
     name = chosen_problem(problem, problem_file)
     known_problem = make_problem(name, settings)
-    rules = {"shipped" if rule in available_rules() else "lstm": as_rule(rule)}
+    rules = _contenders(rule)
+    if teacher:
+        rules["teacher"] = shipped_teacher(name)
     folder = None if out is None else prepare_folder(out)
     title = " ".join([name, *(settings or ())])
     result = evaluate_rules(known_problem, rules, name=title, steps=steps, functions=runs, cache=folder, retune=retune)
@@ -61,6 +71,13 @@ def evaluate(
         write_json(numbers, {**result.to_dict(), "machine": machine()})
         figures.write_curves(result, picture)
         print_written(numbers, picture)
+
+
+def _contenders(names: list[str]) -> dict[str, CoordinatewiseLSTM | Teacher]:
+    """Rules by what tables and pictures call them."""
+    if len(names) == 1:
+        return {"shipped" if names[0] in available_rules() else "lstm": as_rule(names[0])}
+    return {name: as_rule(name) for name in names}
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from l2l_fast.backends import resolve
-from l2l_fast.baselines import Tuned, final_losses, settle
+from l2l_fast.baselines import Descent, Tuned, descend, final_losses, settle
 from l2l_fast.experiments.effort import FUNCTIONS as FUNCTIONS
 from l2l_fast.experiments.effort import TUNING_FUNCTIONS as TUNING_FUNCTIONS
 from l2l_fast.experiments.effort import effort_for
 from l2l_fast.experiments.progress import progress
 from l2l_fast.experiments.tuning import STEPS, tune_baselines
-from l2l_fast.meta.unroll import unroll
+from l2l_fast.meta import Teacher, Unroll, unroll
 from l2l_fast.problems import Evaluates, Instances, Problem
 from l2l_fast.rule import CoordinatewiseLSTM
 
@@ -202,7 +202,7 @@ class Evaluation:
 
 def evaluate(
     problem: Problem,
-    rules: Mapping[str, CoordinatewiseLSTM],
+    rules: Mapping[str, CoordinatewiseLSTM | Teacher],
     baselines: Mapping[str, Tuned],
     *,
     name: str,
@@ -216,6 +216,7 @@ def evaluate(
     A baseline whose tuned learning rate diverges on these functions is given a lower one.
 
     Args:
+        rules: learned rules; what makes another optimizer counts as one.
         name: what to call the problem.
 
     Raises:
@@ -230,8 +231,12 @@ def evaluate(
     with progress(f"evaluating on {name}", (len(rules) + len(baselines)) * (steps + 1)) as advance:
         watched = _Watched(instances, advance)
         for rule_name, rule in rules.items():
-            with torch.no_grad():
-                run = unroll(rule, watched, steps, generator=generator.clone_state(), backend=backend)
+            run: Unroll | Descent
+            if isinstance(rule, CoordinatewiseLSTM):
+                with torch.no_grad():
+                    run = unroll(rule, watched, steps, generator=generator.clone_state(), backend=backend)
+            else:
+                run = descend(watched, rule, steps, generator=generator)
             learned[rule_name] = _judged(instances, run.losses, run.params)
         for baseline_name, tuned in baselines.items():
             settled, descent = settle(tuned, instances, steps, generator=generator)
@@ -275,7 +280,7 @@ def _test_losses(instances: Evaluates, params: Mapping[str, Tensor]) -> Tensor |
 
 def evaluate_rules(
     problem: Problem,
-    rules: Mapping[str, CoordinatewiseLSTM],
+    rules: Mapping[str, CoordinatewiseLSTM | Teacher],
     *,
     name: str,
     steps: int = STEPS,
@@ -294,8 +299,9 @@ def evaluate_rules(
         As :func:`evaluate` does; that ``$L2L_FAST_BACKEND`` can't run a rule is found out before the tuning.
     """
     for rule in rules.values():
-        weight = rule.output.weight
-        resolve(None, weight.device, weight.dtype, rule.spec)
+        if isinstance(rule, CoordinatewiseLSTM):
+            weight = rule.output.weight
+            resolve(None, weight.device, weight.dtype, rule.spec)
     baselines = tune_baselines(problem, steps=steps, functions=tuning_functions, cache=cache, retune=retune)
     functions = effort_for(problem).functions if functions is None else functions
     return evaluate(problem, rules, baselines, name=name, steps=steps, functions=functions)

@@ -49,8 +49,15 @@ _SHIPPED = files("l2l_fast.experiments") / "teachers.json"
 
 
 def shipped_teacher(problem: str) -> PowerMomentum:
-    """The teacher for the problem called ``problem`` that :func:`search_teacher` found, kept in the package."""
-    return PowerMomentum(**json.loads(_SHIPPED.read_text())[problem])
+    """The teacher for the problem called ``problem`` that :func:`search_teacher` found, kept in the package.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    known = json.loads(_SHIPPED.read_text())
+    if problem not in known:
+        raise ValueError(f"no teacher was tuned for {problem!r}, only for {', '.join(map(repr, known))}")
+    return PowerMomentum(**known[problem])
 
 
 def search_teacher(
