@@ -374,11 +374,11 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
 
 def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TrainConfig(updates=2, horizon=4, truncation=4, batch_size=2, validation_functions=4)
-    tiny = Recipe("tiny", "quadratic", (Stage("train", whole),), "Good for nothing.", scales=(0.5, 1.0))
+    tiny = Recipe("tiny", "quadratic", (Stage("train", whole),), "Good for nothing.", choose_scale=True)
     monkeypatch.setattr(recipes, "recipe_for", lambda name: tiny)
     code, printed, _ = run("reproduce", "tiny", "--out", tmp_path / "out")
     assert code == 0
-    assert "output_scale 0.05" in printed
+    assert "output_scale 0.09091" in printed
     assert str(tmp_path / "out" / recipes.RULE) in printed.replace("\n", "")
     assert CoordinatewiseLSTM.load(tmp_path / "out" / recipes.RULE).card["name"] == "tiny"
     monkeypatch.undo()

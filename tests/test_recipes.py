@@ -42,7 +42,7 @@ TINY = Recipe(
         Stage("relay", WHOLE, start="imitate", teacher=TEACHER, leader=("sprint", 2)),
     ),
     "Good for nothing.",
-    scales=(0.5, 1.0, 2.0),
+    choose_scale=True,
 )
 
 
@@ -63,7 +63,7 @@ def test_a_recipe_makes_a_rule_with_its_history(tmp_path: Path) -> None:
     assert card["stages"][0]["teacher"] == repr(TEACHER)
     assert "steps=2" in card["stages"][2]["teacher"]
     losses = card["validation_loss_by_output_scale"]
-    assert list(losses) == ["0.05", "0.1", "0.2"]
+    assert {"0.09091", "0.1", "0.11"} <= losses.keys()
     assert losses[f"{found.spec.output_scale:.4g}"] == min(losses.values())
     last = CoordinatewiseLSTM.load(tmp_path / "3-relay" / "best.safetensors")
     assert same_weights(found, last)
@@ -95,6 +95,19 @@ def test_an_interrupted_recipe_carries_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert fits == 3
     assert not (tmp_path / "cut" / RULE).exists()
     assert same_weights(reproduce(TINY, 3, tmp_path / "cut"), expected)
+
+
+def test_the_best_scale_has_worse_ones_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted, power, tried in ((0.01, 0, 3), (0.3, 3, 6), (-0.3, -3, 6), (9.0, 15, 17)):
+
+        def loss(rule: CoordinatewiseLSTM, *_: Any, wanted: float = wanted) -> float:
+            return abs(math.log(rule.spec.output_scale / 0.1) - wanted)
+
+        monkeypatch.setattr(recipes, "validation_loss", loss)
+        rule, losses = recipes.choose_scale(CoordinatewiseLSTM(), Quadratic(), WHOLE)
+        assert rule.spec.output_scale == pytest.approx(0.1 * 1.1**power)
+        assert len(losses) == tried
+        assert list(losses) == sorted(losses, key=float)
 
 
 @pytest.mark.parametrize("name", available_rules())

@@ -30,7 +30,8 @@ def reproduce(
     folder = prepare_folder(Path("runs") / f"reproduce-{rule}-{seed}" if out is None else out)
     trained = recipes.reproduce(recipe, seed, folder)
     losses = trained.card["validation_loss_by_output_scale"]
-    console.print(tables.info_table({f"output_scale {scale}": f"{loss:.4g}" for scale, loss in losses.items()}))
+    if losses:
+        console.print(tables.info_table({f"output_scale {scale}": f"{loss:.4g}" for scale, loss in losses.items()}))
     print_written(folder / recipes.RULE)
 
 

@@ -26,6 +26,8 @@ RULE = "rule.safetensors"
 # Far enough apart that stages of neighbouring seeds share no training instances.
 _SEEDS_APART = 1000
 
+_GREATEST_POWER = 15  # of 1.1: a fourfold scale
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -56,7 +58,7 @@ class Recipe:
         stages: one after the other; the rule is that of the last.
         limits: what is known not to work, for the card.
         preprocess: of the rule.
-        scales: factors on ``output_scale`` among which validation chooses at the end.
+        choose_scale: whether validation chooses ``output_scale`` at the end, see :func:`choose_scale`.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     limits: str
     preprocess: Callable[[], Preprocess] = LogAndSign
-    scales: tuple[float, ...] = (1.0,)
+    choose_scale: bool = False
 
 
 def _network_stages(problem: str) -> tuple[Stage, ...]:
@@ -113,11 +115,9 @@ def recipe_for(rule: str) -> Recipe:
         config = TrainConfig(updates=12000, second_derivatives=True)
         return Recipe(rule, rule, (Stage("train", config),), _QUADRATIC_LIMITS, Identity)
     if rule in _NETWORK_LIMITS:
-        return Recipe(rule, rule, _network_stages(rule), _NETWORK_LIMITS[rule], scales=_SCALES)
+        return Recipe(rule, rule, _network_stages(rule), _NETWORK_LIMITS[rule], choose_scale=True)
     raise ValueError(f"there is no recipe for {rule!r}, only for 'quadratic', {', '.join(map(repr, _NETWORK_LIMITS))}")
 
-
-_SCALES = (0.8, 0.9, 1.0, 1.1, 1.25)
 
 _QUADRATIC_LIMITS = (
     "Trained for 100 steps and for functions of this scale and dimension. On 2048 functions of dimension 20 the mean "
@@ -155,7 +155,9 @@ def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
         assert isinstance(best, CoordinatewiseLSTM)
         rules[stage.name] = best
         history.append({"stage": stage.name, "start": stage.start, "leader": stage.leader, **best.card})
-    chosen, losses = choose_scale(rules[recipe.stages[-1].name], problem, config, recipe.scales)
+    chosen, losses = rules[recipe.stages[-1].name], dict[str, float]()
+    if recipe.choose_scale:
+        chosen, losses = choose_scale(chosen, problem, config)
     chosen.card = {
         "name": recipe.name,
         "command": f"l2l-fast reproduce {recipe.name} --seed {seed}",
@@ -182,29 +184,32 @@ def _teacher(stage: Stage, rules: dict[str, CoordinatewiseLSTM]) -> Teacher | No
 
 
 def choose_scale(
-    rule: CoordinatewiseLSTM, problem: Problem, config: TrainConfig, scales: tuple[float, ...]
+    rule: CoordinatewiseLSTM, problem: Problem, config: TrainConfig
 ) -> tuple[CoordinatewiseLSTM, dict[str, float]]:
-    """The rule with its ``output_scale`` multiplied by that of ``scales`` with the lowest validation loss.
+    """The rule with the ``output_scale`` of the lowest validation loss.
+
+    Tried are powers of 1.1 times its own, from its neighbours on until the best has a worse one on both sides.
 
     Returns:
         The rule, and every validation loss by ``output_scale``.
     """
     device = rule.output.weight.device
-    losses: dict[str, float] = {}
-    best, lowest = rule, float("inf")
-    with progress("choosing the scale", len(scales)) as advance:
-        for factor in scales:
-            candidate = _scaled(rule, factor)
-            loss = validation_loss(candidate, problem, config, device)
-            losses[f"{candidate.spec.output_scale:.4g}"] = loss
-            if loss < lowest:
-                best, lowest = candidate, loss
-            advance()
-    return best, losses
+    losses: dict[int, float] = {}
+    best, to_try = 0, [-1, 0, 1]
+    with progress("choosing the scale", 1 + 2 * _GREATEST_POWER) as advance:
+        while to_try:
+            for power in to_try:
+                losses[power] = validation_loss(_scaled(rule, power), problem, config, device)
+                advance()
+            best = min(losses, key=lambda power: losses[power])
+            around = (power for power in (best - 1, best + 1) if abs(power) <= _GREATEST_POWER)
+            to_try = [power for power in around if power not in losses]
+    by_scale = {f"{_scaled(rule, power).spec.output_scale:.4g}": losses[power] for power in sorted(losses)}
+    return _scaled(rule, best), by_scale
 
 
-def _scaled(rule: CoordinatewiseLSTM, factor: float) -> CoordinatewiseLSTM:
+def _scaled(rule: CoordinatewiseLSTM, power: int) -> CoordinatewiseLSTM:
     spec = rule.spec
-    scaled = CoordinatewiseLSTM(spec.hidden_size, spec.preprocess, factor * spec.output_scale)
+    scaled = CoordinatewiseLSTM(spec.hidden_size, spec.preprocess, 1.1**power * spec.output_scale)
     scaled.load_state_dict(rule.state_dict())
     return scaled
