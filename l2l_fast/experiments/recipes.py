@@ -70,7 +70,7 @@ class Recipe:
 
 
 def _network_stages(problem: str) -> tuple[Stage, ...]:
-    """Learn from a tuned optimizer, then to be faster than it at first, then to be both."""
+    """Learn from a tuned optimizer, then to be faster than it at first, then to be both, at length."""
     teacher = shipped_teacher(problem)
     whole = TrainConfig(
         horizon=100,
@@ -102,6 +102,7 @@ def _network_stages(problem: str) -> tuple[Stage, ...]:
         Stage("imitate", replace(whole, updates=1200, lr=3e-3), teacher=teacher),
         Stage("sprint", sprint, start="imitate"),
         Stage("relay", replace(whole, updates=1500, lr=2e-3), start="imitate", teacher=teacher, leader=("sprint", 8)),
+        Stage("finish", replace(whole, updates=1500, lr=1e-3), start="relay", teacher=teacher, leader=("sprint", 8)),
     )
 
 
