@@ -2,104 +2,74 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
-from numbers import Real
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
 
-from l2l_fast.backends import Backend, get, resolve
+from l2l_fast.backends import get
+from l2l_fast.batch import Batch, StagedBatch, Workspace, step_all
+from l2l_fast.options import OFF, Options, read_options
+from l2l_fast.patterns import groups_by_pattern
+from l2l_fast.prepared import Layout, PreparedRule, Runner, fingerprint
+from l2l_fast.rounding import ROUNDED
 from l2l_fast.rule import CoordinatewiseLSTM, as_rule
-from l2l_fast.spec import LogAndSign, RuleSpec
 
 _PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class _Layout(NamedTuple):
-    """Whose packed layout a state has, and where it lies."""
-
-    backend: str
-    device: torch.device
-
-
-class _Runner(NamedTuple):
-    """What serves the parameters of one device and dtype."""
-
-    backend: Backend
-    prepared: Any
-    layout: _Layout
-
-
-class _Batch:
-    """What one call of a backend updates: parameters of one group, one device and one dtype."""
-
-    __slots__ = ("copies", "grads", "params", "runner", "states")
-
-    def __init__(self, runner: _Runner) -> None:
-        self.runner = runner
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.states: list[Tensor] = []
-        self.copies: list[tuple[Tensor, Tensor]] = []
-
-    def add_as_copies(self, param: Tensor, grad: Tensor) -> None:
-        """Take what a backend can't read in place."""
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"LearnedOptimizer needs dense gradients, got layout {grad.layout} for a parameter of shape "
-                f"{tuple(param.shape)}; build the module without sparse=True or set p.grad = p.grad.to_dense()"
-            )
-        copy = param.contiguous()
-        if not param.is_contiguous():
-            self.copies.append((param, copy))
-        self.params.append(copy)
-        self.grads.append(grad.resolve_neg().to(param.dtype).contiguous())
-
-    def step_(self, spec: RuleSpec, options: dict[str, Any]) -> None:
-        backend, prepared, _ = self.runner
-        backend.step_(spec, prepared, self.params, self.grads, self.states, **options)
-        for param, copy in self.copies:
-            param.copy_(copy)
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
     """Trains parameters with a learned rule: ``param <- (1 - lr * weight_decay) * param + lr * update``.
 
     Every coordinate of every parameter has a state of its own, ``4 * H`` numbers, made at the first step
-    at which the parameter has a gradient. The rule's weights are read, never changed; a change of them
+    at which the parameter has a gradient. A rule's weights are read, never changed; a change of them
     counts from the next step on (one through ``.data``, which PyTorch does not record, may not). Parameter
-    groups may set their own ``lr``, ``weight_decay``, ``maximize`` and ``skip_nonfinite``.
+    groups may set their own ``rule`` and all options but ``backend`` and ``state_dtype``; groups that name
+    the same rule share it. :meth:`from_module` makes groups from the names of parameters.
 
     :meth:`state_dict` holds the state of a parameter under ``"lstm"``, shape ``[*param.shape, 2, 2, H]``
     (layer; h, c; unit) in the dtype ``state_dtype``, as a copy, whatever the backend; ``"rule"`` in every
-    group identifies the rule. ``optimizer.state`` holds it in the private layout of the backend.
+    group identifies its rule, and ``"step"`` counts the steps it has taken. ``optimizer.state`` holds the state
+    in the private layout of the backend, and ``"rule"`` in ``optimizer.param_groups`` is the module.
 
     Args:
         params: parameters, named parameters or group dictionaries, as in ``torch.optim``; float32, float16,
             bfloat16 or float64, any strides. Changed in place by :meth:`step`.
-        rule: a :class:`CoordinatewiseLSTM` on any device, the name of a shipped rule or the path of a file.
+        rule: a :class:`CoordinatewiseLSTM` on any device, the name of a shipped rule or the path of a file;
+            ``None`` if every group names its own.
         lr: factor on the update, a number or a 0-dimensional CPU tensor; rules are trained for 1.
         weight_decay: decoupled weight decay.
         maximize: ascend: feed the rule the negated gradient.
         skip_nonfinite: leave a coordinate and its state untouched where its gradient is not finite. By
             default both become NaN.
+        warmup: number of steps over which ``lr`` rises to its value, in equal parts, from the group's first step.
+        max_update_norm: how far one step may move a tensor, in the Euclidean norm, weight decay included; a
+            longer move is shortened. Of a tensor with a change that is not finite, all other coordinates rest.
+        update_norm: ``"tensor"`` if that holds for each tensor, ``"global"`` if for all tensors together of all
+            groups that say so.
+        stochastic_rounding: round float16 and bfloat16 parameters at random to one of their two neighbours, so
+            that the expectation of a step is that step in float32; other dtypes are stepped as ever.
+        rounding_seed: with it, with the number of the group and with ``"step"`` the random numbers are the
+            same again, on the same type of device.
         backend: name of a backend, or ``None`` for the fastest that works on each parameter.
         state_dtype: float32, float16 or bfloat16, how the state is stored between steps.
 
+    The cost of ``max_update_norm``, and of ``stochastic_rounding`` for 16-bit parameters: parameters are stepped
+    in a copy, which is kept, in float32 (float64 for those of float64), with their gradients in that dtype.
+
     Raises:
-        TypeError: if a parameter is not a dense tensor of one of the dtypes above, or ``lr``,
-            ``weight_decay``, ``state_dtype`` or ``rule`` is of the wrong kind.
-        ValueError: if there are no parameters, one occurs twice, ``lr`` or ``weight_decay`` is negative or
-            not finite, the rule or backend is unknown, or a group asks for a rule of its own.
+        TypeError: if a parameter is not a dense tensor of one of the dtypes above, or an option or rule is
+            of the wrong kind.
+        ValueError: if there are no parameters, one occurs twice, an option is out of range, a group has no rule,
+            or a rule or the backend is unknown.
         RuntimeError: if the named backend can't run this.
 
     Source: Andrychowicz et al. 2016, section 2.1.
@@ -108,30 +78,81 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        rule: CoordinatewiseLSTM | str | os.PathLike[str],
+        rule: CoordinatewiseLSTM | str | os.PathLike[str] | None = None,
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
         skip_nonfinite: bool = False,
+        warmup: int = 0,
+        max_update_norm: float | None = None,
+        update_norm: str = "tensor",
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
         backend: str | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        if state_dtype not in _STATE_DTYPES:
-            raise TypeError(f"state_dtype must be one of {', '.join(map(str, _STATE_DTYPES))}, got {state_dtype!r}")
-        self.rule = as_rule(rule)
+        _check_state_dtype(state_dtype)
         self.backend = backend
-        self.state_dtype = state_dtype
-        self._forget_weights()
+        self._state_dtype = state_dtype
+        self._forget()
         defaults = {
+            "rule": None if rule is None else self._module(rule),
             "lr": lr,
             "weight_decay": weight_decay,
             "maximize": maximize,
             "skip_nonfinite": skip_nonfinite,
-            "rule": _fingerprint(self.rule),
+            "warmup": warmup,
+            "max_update_norm": max_update_norm,
+            "update_norm": update_norm,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
+            "step": 0,
         }
-        _options(defaults)
+        read_options(defaults)
         super().__init__(params, defaults)
+
+    @classmethod
+    def from_module(
+        cls,
+        model: nn.Module,
+        rules: Mapping[str, CoordinatewiseLSTM | str | os.PathLike[str]],
+        **options: Any,
+    ) -> LearnedOptimizer:
+        """An optimizer of all parameters of ``model``, with rules by the names of the parameters.
+
+        Args:
+            model: its ``named_parameters()``; a shared parameter goes by the first of its names.
+            rules: pattern on the name to rule, such as ``{"conv*.weight": "a.safetensors", "*": "mnist"}``; ``*``
+                matches any characters, dots too, ``?`` one and ``[ab]`` one of these. The first pattern that
+                matches counts. Each makes one parameter group, in this order.
+            options: of the constructor, for all groups.
+
+        Raises:
+            ValueError: if a parameter is matched by no pattern, or a pattern is left without a parameter.
+            TypeError, ValueError, RuntimeError: as the constructor does.
+        """
+        groups = [{"params": named, "rule": rule} for rule, named in groups_by_pattern(model, rules)]
+        return cls(groups, **options)
+
+    @property
+    def rule(self) -> CoordinatewiseLSTM | None:
+        """The rule of groups that name none."""
+        rule: CoordinatewiseLSTM | None = self.defaults["rule"]
+        return rule
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """How the state is stored between steps; :meth:`convert_state` changes it."""
+        return self._state_dtype
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for number, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {number}")
+            shown = {**group, "rule": fingerprint(group["rule"])}
+            lines += [f"    {key}: {shown[key]}" for key in sorted(shown) if key != "params"]
+        return "\n".join([*lines, ")"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in ``torch.optim``; nothing is added if the group is refused.
@@ -140,22 +161,37 @@ class LearnedOptimizer(torch.optim.Optimizer):
             TypeError, ValueError, RuntimeError: as the constructor does.
         """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        rule = group["rule"]
         try:
-            self._check_group(self.param_groups[-1])
+            if rule is None:
+                raise ValueError(
+                    "a parameter group names no rule, and the optimizer has none for such groups; put 'rule' into the "
+                    "group or pass rule= to the optimizer"
+                )
+            group["rule"] = self._module(rule)
+            self._check_group(group)
         except Exception:
             self.param_groups.pop()
+            group["rule"] = rule
             raise
 
+    def _module(self, rule: CoordinatewiseLSTM | str | os.PathLike[str]) -> CoordinatewiseLSTM:
+        """``rule`` as a module; one for all groups that name the same, so that it is prepared once."""
+        module = as_rule(rule)
+        if module is rule:
+            return module
+        for known in self._loaded:
+            if fingerprint(known) == fingerprint(module) and known.output.weight.dtype == module.output.weight.dtype:
+                return known
+        self._loaded.append(module)
+        return module
+
     def _check_group(self, group: dict[str, Any]) -> None:
-        _options(group)
-        if group["rule"] != self.defaults["rule"]:
-            raise ValueError(
-                f"all groups of an optimizer share its rule [{self.defaults['rule']}], but a group asks for "
-                f"[{group['rule']}]; make one LearnedOptimizer per rule"
-            )
+        read_options(group)
         if len(set(group["params"])) != len(group["params"]):
             raise ValueError("a parameter occurs twice in one parameter group; list it once")
-        self._sync_weights()
+        rule = self._sync_rules()[-1]
         for param in group["params"]:
             if param.dtype not in _PARAM_DTYPES:
                 remedy = "optimize torch.view_as_real of it" if param.is_complex() else "convert it first"
@@ -170,7 +206,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} shares memory between its "
                     "elements; make it contiguous first"
                 )
-            self._runner(param.device, param.dtype)
+            rule.runner(param.device, param.dtype)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -192,36 +228,55 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: if a gradient is sparse.
-            ValueError: if ``lr`` or ``weight_decay`` of a group is negative or not finite.
-            RuntimeError: if a parameter's device or size is not that of its state or gradient. On any of
-                these errors nothing has been changed.
+            TypeError, ValueError: if an option of a group is of the wrong kind or out of range.
+            RuntimeError: if a parameter's device or size is not that of its state or gradient, or a CUDA graph
+                captures random rounding. On any of these errors nothing has been changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
-        self._sync_weights()
-        calls: list[tuple[_Batch, dict[str, Any]]] = []
+        batches: list[Batch] = []
+        stepped: list[dict[str, Any]] = []
         entries: dict[Tensor, dict[str, Any]] = {}
-        for group in self.param_groups:
-            options = _options(group)
-            calls += [(batch, options) for batch in self._gather(group["params"], entries)]
+        for number, (group, rule) in enumerate(zip(self.param_groups, self._sync_rules(), strict=True)):
+            found = self._gather(group["params"], partial(self._batch, number, rule, read_options(group)), entries)
+            if found:
+                batches += found
+                stepped.append(group)
         # Everything has been checked and nothing changed so far.
         for param, entry in entries.items():
             self.state[param].update(entry)
-        for batch, options in calls:
-            batch.step_(self.rule.spec, options)
+        step_all(batches)
+        for group in stepped:
+            group["step"] += 1
         return loss
 
-    def _gather(self, params: list[Tensor], entries: dict[Tensor, dict[str, Any]]) -> list[_Batch]:
+    def _batch(
+        self, number: int, rule: PreparedRule, options: Options, device: torch.device, dtype: torch.dtype
+    ) -> Batch:
+        """A batch, empty yet, for parameters of one device and dtype in a group."""
+        randomly = options.rounding is not None and dtype in ROUNDED
+        if options.limit is None and not randomly:
+            return Batch(rule.runner(device, dtype), options, dtype)
+        wide = torch.float32 if dtype in ROUNDED else dtype
+        workspace = self._workspaces.setdefault((number, device, dtype), Workspace())
+        return StagedBatch(rule.runner(device, wide), options, wide, number, workspace)
+
+    def _gather(
+        self,
+        params: list[Tensor],
+        batch_of: Callable[[torch.device, torch.dtype], Batch],
+        entries: dict[Tensor, dict[str, Any]],
+    ) -> list[Batch]:
         """The parameters that have a gradient, by device and dtype; entries of the state to renew go to ``entries``.
 
         For small tensors this loop costs as much as the arithmetic, so it asks only what may change from
         step to step. That a gradient has the shape and device of its parameter is PyTorch's promise as
         long as the parameter stays what it was, which an entry remembers; else :meth:`_entry` checks.
         """
-        batches: dict[tuple[torch.device, torch.dtype], _Batch] = {}
+        batches: dict[tuple[torch.device, torch.dtype], Batch] = {}
         state = self.state
         device: torch.device | None = None
         dtype: torch.dtype | None = None
@@ -232,7 +287,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if param.dtype is not dtype or param.device != device:
                 device, dtype = param.device, param.dtype
                 if (device, dtype) not in batches:
-                    batches[device, dtype] = _Batch(self._runner(device, dtype))
+                    batches[device, dtype] = batch_of(device, dtype)
                 batch = batches[device, dtype]
                 layout = batch.runner.layout
             entry = state.get(param)
@@ -251,7 +306,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 batch.add_as_copies(param, grad)
         return list(batches.values())
 
-    def _entry(self, param: Tensor, grad: Tensor, entry: dict[str, Any] | None, runner: _Runner) -> dict[str, Any]:
+    def _entry(self, param: Tensor, grad: Tensor, entry: dict[str, Any] | None, runner: Runner) -> dict[str, Any]:
         """The state of ``param`` as its runner takes it: a new one, or the one in ``entry``, repacked if need be."""
         backend, _, layout = runner
         if grad.shape != param.shape or grad.device != param.device:
@@ -260,7 +315,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"{tuple(grad.shape)} on {grad.device}; call zero_grad() after replacing a parameter's data"
             )
         if not entry or "lstm" not in entry:
-            packed = backend.init_state(param.numel(), self.rule.spec, self.state_dtype, param.device)
+            packed = backend.init_state(param.numel(), layout.spec, self.state_dtype, param.device)
         elif entry["numel"] != param.numel():
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} has a state of {entry['numel']} coordinates; to start it "
@@ -276,53 +331,85 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "the packed state of a parameter was replaced in optimizer.state; its layout, size and dtype are "
                 "private, so change it through state_dict() and load_state_dict()"
             )
-        elif entry["layout"].backend == layout.backend:
+        elif entry["layout"].spec.hidden_size != layout.spec.hidden_size:
+            raise RuntimeError(
+                f"the state of a parameter of shape {tuple(param.shape)} is of a rule of "
+                f"{entry['layout'].spec.hidden_size} hidden units, but the rule of its group has "
+                f"{layout.spec.hidden_size}; to start it afresh under another rule, del optimizer.state[param]"
+            )
+        elif entry["layout"].backend == layout.backend and entry["lstm"].dtype == self.state_dtype:
             packed = entry["lstm"]
         else:
             packed = backend.pack_state(self._unpack(param, entry), self.state_dtype)
         return {"lstm": packed, "layout": layout, "numel": param.numel(), "id": id(packed)}
 
-    def _pack(self, param: Tensor, state: Tensor) -> dict[str, Any]:
+    def _pack(self, param: Tensor, state: Tensor, rule: PreparedRule) -> dict[str, Any]:
         """The entry of ``param`` in ``self.state`` for a state ``[*param.shape, 2, 2, H]``."""
-        backend, _, layout = self._runner(param.device, param.dtype)
+        backend, _, layout = rule.runner(param.device, param.dtype)
         flat = state.detach().to(param.device).reshape(param.numel(), *state.shape[-3:])
         packed = backend.pack_state(flat, self.state_dtype)
         # An equal layout but another object: the next step checks the parameter and its gradient once.
-        return {"lstm": packed, "layout": _Layout(*layout), "numel": param.numel(), "id": id(packed)}
+        return {"lstm": packed, "layout": Layout(*layout), "numel": param.numel(), "id": id(packed)}
 
     def _unpack(self, param: Tensor, entry: dict[str, Any]) -> Tensor:
         """State of ``param`` as ``[N, 2, 2, H]``, a copy."""
-        return get(entry["layout"].backend).unpack_state(entry["lstm"], param.numel(), self.rule.spec)
+        layout: Layout = entry["layout"]
+        return get(layout.backend).unpack_state(entry["lstm"], param.numel(), layout.spec)
 
     def _public(self, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
         """An entry of ``self.state`` with the state as ``[*param.shape, 2, 2, H]``, a copy."""
         public = _without_packed(entry)
         if "lstm" in entry:
-            public["lstm"] = self._unpack(param, entry).view(*param.shape, 2, 2, self.rule.spec.hidden_size)
+            public["lstm"] = self._unpack(param, entry).view(*param.shape, 2, 2, entry["layout"].spec.hidden_size)
         return public
 
-    def _forget_weights(self) -> None:
-        self._stamp: tuple[tuple[int, int, int], ...] = ()
-        self._runners: dict[tuple[torch.device, torch.dtype], _Runner] = {}
+    def _forget(self) -> None:
+        """Start without what is made at need."""
+        self._rules: dict[CoordinatewiseLSTM, PreparedRule] = {}
+        self._loaded: list[CoordinatewiseLSTM] = []
+        self._workspaces: dict[tuple[int, torch.device, torch.dtype], Workspace] = {}
 
-    def _sync_weights(self) -> None:
-        """Drop what was prepared from the rule's weights if they have changed since."""
-        stamp = tuple((id(w), w._version, w.data_ptr()) for w in self.rule.parameters())
-        if stamp != self._stamp:
-            with torch.no_grad():
-                self._weights = self.rule.flat_weights()
-            self._runners.clear()
-            self._stamp = stamp
+    def _sync_rules(self) -> list[PreparedRule]:
+        """The rule of every group, with its weights of the moment; rules that no group has any more are forgotten."""
+        used: dict[CoordinatewiseLSTM, PreparedRule] = {}
+        for group in self.param_groups:
+            rule = group["rule"]
+            if not isinstance(rule, CoordinatewiseLSTM):
+                raise TypeError(
+                    "the rule of a parameter group must be a CoordinatewiseLSTM once the group has been added, got "
+                    f"{rule!r}; set it to l2l_fast.load_rule(name) or CoordinatewiseLSTM.load(path)"
+                )
+            if rule not in used:
+                used[rule] = self._rules.get(rule) or PreparedRule(rule, self.backend)
+                used[rule].sync()
+        self._rules = used
+        return [used[group["rule"]] for group in self.param_groups]
 
-    def _runner(self, device: torch.device, dtype: torch.dtype) -> _Runner:
-        runner = self._runners.get((device, dtype))
-        if runner is None:
-            spec, weights = self.rule.spec, self._weights
-            # Arithmetic is in the dtype of the weights, so float64 weights need a backend for float64.
-            backend = resolve(self.backend, device, weights.dtype if weights.dtype == torch.float64 else dtype, spec)
-            runner = _Runner(backend, backend.prepare(spec, weights.to(device)), _Layout(backend.name, device))
-            self._runners[device, dtype] = runner
-        return runner
+    @torch.no_grad()
+    def convert_state(self, state_dtype: torch.dtype) -> None:
+        """Store the state as ``state_dtype`` from now on, what there is of it rounded to nearest, in place.
+
+        Args:
+            state_dtype: float32, float16 or bfloat16.
+
+        Raises:
+            TypeError: if it is another dtype.
+            ValueError: if a number of the state is too large for it; nothing has changed then.
+        """
+        _check_state_dtype(state_dtype)
+        held = [(param, entry) for param, entry in self.state.items() if "lstm" in entry]
+        for param, entry in held:
+            state = self._unpack(param, entry)
+            if (state.isfinite() & ~state.to(state_dtype).isfinite()).any():
+                raise ValueError(
+                    f"the state of a parameter of shape {tuple(param.shape)} reaches {state.abs().max()}, too large "
+                    f"for {state_dtype}; keep {self.state_dtype} or take torch.bfloat16"
+                )
+        for param, entry in held:
+            layout: Layout = entry["layout"]
+            packed = get(layout.backend).pack_state(self._unpack(param, entry), state_dtype)
+            entry.update(lstm=packed, layout=Layout(*layout), id=id(packed))
+        self._state_dtype = state_dtype
 
     def state_dict(self) -> StateDict:
         """Groups and state as in ``torch.optim``; states ``[*param.shape, 2, 2, H]`` are copies.
@@ -333,13 +420,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         def publish(_: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
             params = dict(enumerate(chain.from_iterable(group["params"] for group in self.param_groups)))
-            rule = _fingerprint(self.rule)
+            rules = [fingerprint(group["rule"]) for group in self.param_groups]
             return {
                 "state": {
                     key: self._public(params[key], entry) if key in params else entry
                     for key, entry in state_dict["state"].items()
                 },
-                "param_groups": [{**group, "rule": rule} for group in state_dict["param_groups"]],
+                "param_groups": [
+                    {**group, "rule": rule} for group, rule in zip(state_dict["param_groups"], rules, strict=True)
+                ],
             }
 
         # Ahead of the user's hooks, which see the public layout.
@@ -359,18 +448,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         entries: dict[Tensor, dict[str, Any]] = {}
 
+        rules = [group["rule"] for group in self.param_groups]
+
         def take(_: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
-            self._sync_weights()
             params = self._checked_params(state_dict)
             rest = {}
             for key, entry in state_dict["state"].items():
                 if key in params and "lstm" in entry:
-                    self._check_state(key, params[key], entry["lstm"])
-                    entries[params[key]] = self._pack(params[key], entry["lstm"])
+                    param, rule = params[key]
+                    self._check_state(key, param, entry["lstm"], rule.rule.spec.hidden_size)
+                    entries[param] = self._pack(param, entry["lstm"], rule)
                 rest[key] = _without_packed(entry) if key in params else entry
             return {**state_dict, "state": rest}
 
         def install(_: torch.optim.Optimizer) -> None:
+            for group, rule in zip(self.param_groups, rules, strict=True):
+                group["rule"] = rule  # the state dict has no more than its fingerprint
             for param, entry in entries.items():
                 self.state[param].update(entry)
 
@@ -386,8 +479,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _checked_params(self, state_dict: StateDict) -> dict[Any, Tensor]:
-        """Parameters by their key in ``state_dict``, after its groups have been checked."""
+    def _checked_params(self, state_dict: StateDict) -> dict[Any, tuple[Tensor, PreparedRule]]:
+        """Parameters and their rules by their key in ``state_dict``, after its groups have been checked."""
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(
                 f"an optimizer's state dict has the keys 'state' and 'param_groups', got {sorted(map(str, state_dict))}"
@@ -400,21 +493,25 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"the state dict has parameter groups of {found} parameters, this optimizer of {sizes}; build it "
                 "with the same groups"
             )
-        rule = _fingerprint(self.rule)
-        for group in groups:
-            if group.get("rule") != rule:
+        rules = self._sync_rules()
+        for number, (group, rule) in enumerate(zip(groups, rules, strict=True)):
+            runs = fingerprint(rule.rule)
+            if group.get("rule") != runs:
                 raise ValueError(
-                    f"the state dict was written with the rule [{group.get('rule', 'none: by another optimizer')}], "
-                    f"this optimizer runs [{rule}]; build it with the rule of the checkpoint or start afresh"
+                    f"group {number} of the state dict was written with the rule "
+                    f"[{group.get('rule', 'none: by another optimizer')}], this optimizer runs [{runs}]; build it "
+                    "with the rule of the checkpoint or start afresh"
                 )
         keys = chain.from_iterable(group["params"] for group in groups)
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        params = [
+            (param, rule) for group, rule in zip(self.param_groups, rules, strict=True) for param in group["params"]
+        ]
         return dict(zip(keys, params, strict=True))
 
-    def _check_state(self, key: Any, param: Tensor, state: Any) -> None:
+    def _check_state(self, key: Any, param: Tensor, state: Any, hidden_size: int) -> None:
         if not isinstance(state, Tensor):
             raise TypeError(f"the state of parameter {key} must be a tensor, got {type(state).__name__}")
-        expected = (*param.shape, 2, 2, self.rule.spec.hidden_size)
+        expected = (*param.shape, 2, 2, hidden_size)
         if tuple(state.shape) != expected:
             raise ValueError(
                 f"the state of parameter {key} must have shape {expected} for a parameter of shape "
@@ -423,7 +520,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if state.dtype not in _STATE_DTYPES or torch.promote_types(state.dtype, self.state_dtype) != self.state_dtype:
             raise TypeError(
                 f"the state of parameter {key} is {state.dtype}, which state_dtype={self.state_dtype} can't hold "
-                "exactly; build the optimizer with the checkpoint's dtype or convert its states first"
+                f"exactly; build the optimizer with the checkpoint's dtype, load, and call "
+                f"convert_state({self.state_dtype}) if digits may go"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -437,19 +535,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     for key, entry in self.state.items()
                 },
             ),
-            "rule": self.rule,
             "backend": self.backend,
-            "state_dtype": self.state_dtype,
+            "_state_dtype": self.state_dtype,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "rule" in state:  # a pickle or a deep copy; load_state_dict passes no more than groups and state
-            self._forget_weights()
-            self._sync_weights()
-            for param, entry in self.state.items():
-                if isinstance(param, Tensor) and "lstm" in entry:
-                    entry.update(self._pack(param, entry["lstm"]))
+        for group in self.param_groups:
+            for option, off in OFF.items():
+                group.setdefault(option, off)
+        if "backend" in state:  # a pickle or a deep copy; load_state_dict passes no more than groups and state
+            self._forget()
+            for group, rule in zip(self.param_groups, self._sync_rules(), strict=True):
+                for param in group["params"]:
+                    entry = self.state.get(param, {})
+                    if "lstm" in entry:
+                        entry.update(self._pack(param, entry["lstm"], rule))
 
 
 def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:
@@ -457,38 +558,6 @@ def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in ("lstm", "layout", "numel", "id")}
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """The options of a group as a backend takes them, checked."""
-    return {
-        "lr": _nonnegative("lr", group["lr"]),
-        "weight_decay": _nonnegative("weight_decay", group["weight_decay"]),
-        "maximize": group["maximize"],
-        "skip_nonfinite": group["skip_nonfinite"],
-    }
-
-
-def _nonnegative(name: str, value: Any) -> float:
-    if isinstance(value, Tensor):
-        if value.device.type != "cpu" or value.dim() != 0:
-            raise ValueError(
-                f"{name} as a tensor must be 0-dimensional and on the CPU, where reading it waits for no device; got "
-                f"shape {tuple(value.shape)} on {value.device}. Pass a float"
-            )
-    elif not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number or a 0-dimensional CPU tensor, got {type(value).__name__}")
-    number = float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {number}")
-    return number
-
-
-def _fingerprint(rule: CoordinatewiseLSTM) -> str:
-    """What tells rules apart in a checkpoint: the specification and a checksum of the weights, in one line.
-
-    A plain string in the parameter groups survives every tool that rewrites optimizer state.
-    """
-    spec = rule.spec
-    preprocess = f"log_and_sign({spec.preprocess.p!r})" if isinstance(spec.preprocess, LogAndSign) else "identity"
-    weights = rule.flat_weights().detach().to("cpu", torch.float32)
-    digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:16]
-    return f"hidden_size={spec.hidden_size} preprocess={preprocess} output_scale={spec.output_scale!r} sha256={digest}"
+def _check_state_dtype(state_dtype: Any) -> None:
+    if state_dtype not in _STATE_DTYPES:
+        raise TypeError(f"state_dtype must be one of {', '.join(map(str, _STATE_DTYPES))}, got {state_dtype!r}")

@@ -150,11 +150,6 @@ def test_parameter_twice_in_a_group(optimizer: LearnedOptimizer) -> None:
         optimizer.add_param_group({"params": [param, param]})
 
 
-def test_group_with_a_rule_of_its_own(optimizer: LearnedOptimizer) -> None:
-    with Unchanged(optimizer), pytest.raises(ValueError, match=r"share its rule .* one LearnedOptimizer per rule"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "rule": "quadratic"})
-
-
 @pytest.mark.parametrize("state_dtype", [torch.float64, torch.int8, "float32"])
 def test_bad_state_dtype(params: list[nn.Parameter], rule: CoordinatewiseLSTM, state_dtype: Any) -> None:
     with pytest.raises(TypeError, match=r"state_dtype must be one of torch.float32, torch.float16, torch.bfloat16"):

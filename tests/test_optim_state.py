@@ -325,18 +325,19 @@ def test_copies_continue_alike(
 def test_copy_of_a_fresh_optimizer_works(rule: CoordinatewiseLSTM, generator: torch.Generator, name: str) -> None:
     optimizer = LearnedOptimizer(make_params([(5,)], generator), rule)
     twin = COPIES[name](optimizer)
+    assert repr(twin) == repr(optimizer)
     run(twin, generator)
     twin.add_param_group({"params": make_params([(6,)], generator)})
     run(twin, generator)
     assert set(twin.state_dict()["state"]) == {0, 1}
     assert not optimizer.state
-    assert repr(twin).startswith(repr(optimizer).removesuffix(")"))
 
 
 def test_copy_has_a_rule_of_its_own(rule: CoordinatewiseLSTM, generator: torch.Generator) -> None:
     params = make_params([(20,)], generator)
     optimizer = LearnedOptimizer(params, rule)
     twin = copy.deepcopy(optimizer)
+    assert twin.rule is not None
     with torch.no_grad():
         rule.output.bias.add_(1.0)
     loop = PlainLoop(twin.param_groups[0]["params"], twin.rule)

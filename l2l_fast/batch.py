@@ -1,0 +1,146 @@
+"""What one call of a backend updates, and what happens before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from l2l_fast import rounding, safety
+from l2l_fast.options import Options
+from l2l_fast.prepared import Runner
+
+
+class Batch:
+    """Parameters of one group, one device and one dtype; ``dtype`` is that in which the backend steps them."""
+
+    __slots__ = ("_copies", "dtype", "grads", "options", "params", "runner", "states")
+
+    def __init__(self, runner: Runner, options: Options, dtype: torch.dtype) -> None:
+        self.runner = runner
+        self.options = options
+        self.dtype = dtype
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.states: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def add_as_copies(self, param: Tensor, grad: Tensor) -> None:
+        """Take what a backend can't read in place."""
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"LearnedOptimizer needs dense gradients, got layout {grad.layout} for a parameter of shape "
+                f"{tuple(param.shape)}; build the module without sparse=True or set p.grad = p.grad.to_dense()"
+            )
+        copy = param.contiguous()
+        if not param.is_contiguous():
+            self._copies.append((param, copy))
+        self.params.append(copy)
+        self.grads.append(grad.resolve_neg().to(self.dtype).contiguous())
+
+    def step_(self) -> None:
+        """Step parameters and states."""
+        self._call(self.params, self.grads)
+
+    def _call(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        backend, prepared, layout = self.runner
+        backend.step_(layout.spec, prepared, params, grads, self.states, **self.options.backend)
+
+    def finish(self) -> None:
+        """Bring to the parameters what was stepped elsewhere."""
+        for param, copy in self._copies:
+            param.copy_(copy)
+
+
+class Workspace:
+    """Memory and generators that a :class:`StagedBatch` finds again at its next step, as a CUDA graph needs it."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._generator: torch.Generator | None = None
+
+    def like(self, params: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Tensors of the shapes of ``params``, the same ones as long as parameters come in the same order."""
+        same = len(self._buffers) == len(params) and all(
+            buffer.shape == param.shape and buffer.dtype is dtype
+            for buffer, param in zip(self._buffers, params, strict=True)
+        )
+        if not same:
+            self._buffers = [torch.empty(param.shape, dtype=dtype, device=param.device) for param in params]
+        return self._buffers
+
+    def generator(self, device: torch.device, *numbers: int) -> torch.Generator:
+        """A generator on ``device`` that starts from ``numbers``."""
+        if self._generator is None:
+            self._generator = torch.Generator(device)
+        rounding.seed_(self._generator, *numbers)
+        return self._generator
+
+
+class StagedBatch(Batch):
+    """A batch whose parameters are stepped as copies, so that the step can still be shortened, or rounded at random.
+
+    Args:
+        number: of the parameter group; groups round with other random numbers.
+        workspace: of this group, device and dtype of parameters.
+    """
+
+    __slots__ = ("_number", "_stepped", "_workspace", "distances")
+
+    def __init__(self, runner: Runner, options: Options, dtype: torch.dtype, number: int, workspace: Workspace) -> None:
+        super().__init__(runner, options, dtype)
+        device = runner.layout.device
+        if options.rounding and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "stochastic_rounding seeds its generator anew at every step, which a captured CUDA graph would not "
+                "repeat; take the optimizer's step outside of the graph or switch stochastic_rounding off"
+            )
+        self._number = number
+        self._workspace = workspace
+
+    def step_(self) -> None:
+        self._stepped = self._workspace.like(self.params, self.dtype)
+        torch._foreach_copy_(self._stepped, self.params)
+        self._call(self._stepped, [grad.to(self.dtype) for grad in self.grads])
+        if self.options.limit is not None:
+            self.distances = safety.distances(self._before(), self._stepped)
+
+    def _before(self) -> list[Tensor]:
+        """Parameters as they were, in the dtype of the step; not copies where that is their own."""
+        return [param.to(self.dtype) for param in self.params]
+
+    def shorten(self, joint: Tensor | None) -> None:
+        """Take each tensor, or given the ``joint`` distance all of them, back to within the limit of the group."""
+        limit = self.options.limit
+        assert limit is not None
+        shares: Sequence[Tensor]
+        if joint is None:
+            shares = safety.share(self.distances, limit).unbind()
+        else:
+            shares = [safety.share(joint, limit).to(self.distances)] * len(self.params)
+        for stepped, before, part in zip(self._stepped, self._before(), shares, strict=True):
+            # Of these two forms of a weighted mean, PyTorch takes for a share of 1 the one that is exact.
+            torch.lerp(before, stepped, part, out=stepped)
+
+    def finish(self) -> None:
+        if self.options.rounding is None or self.params[0].dtype not in rounding.ROUNDED:
+            torch._foreach_copy_(self.params, self._stepped)
+        else:
+            generator = self._workspace.generator(self.params[0].device, *self.options.rounding, self._number)
+            for param, stepped in zip(self.params, self._stepped, strict=True):
+                rounding.round_(param, stepped, generator)
+        super().finish()
+
+
+def step_all(batches: Sequence[Batch]) -> None:
+    """Step ``batches``, all of them before any limit is looked at, for a limit may be for all together."""
+    for batch in batches:
+        batch.step_()
+    limited = [batch for batch in batches if isinstance(batch, StagedBatch) and batch.options.limit is not None]
+    jointly = [batch.distances for batch in limited if batch.options.joint]
+    joint = safety.joint(jointly) if jointly else None
+    for batch in limited:
+        batch.shorten(joint if batch.options.joint else None)
+    for batch in batches:
+        batch.finish()
