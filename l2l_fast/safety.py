@@ -17,7 +17,8 @@ def joint(distances_of_batches: Sequence[Tensor]) -> Tensor:
     """The distance that the moves of all batches make together, a scalar on the device of the first."""
     first = distances_of_batches[0]
     dtype = torch.float64 if any(d.dtype == torch.float64 for d in distances_of_batches) else torch.float32
-    return torch.linalg.vector_norm(torch.cat([d.to(first.device, dtype) for d in distances_of_batches]))
+    norm: Tensor = torch.linalg.vector_norm(torch.cat([d.to(first.device, dtype) for d in distances_of_batches]))
+    return norm
 
 
 def share(distance: Tensor, limit: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from l2l_fast import CoordinatewiseLSTM, LearnedOptimizer
 from l2l_fast.backends import Backend
+from l2l_fast.experiments import rounding as experiment
 from l2l_fast.rounding import round_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -273,3 +274,15 @@ def test_grad_scaler_skips_steps(generator: torch.Generator) -> None:
     assert counts == [3, 3]
     assert torch.equal(*ends)
     assert not torch.equal(ends[0], start)
+
+
+def test_measured_loss_of_small_updates() -> None:
+    """The command behind the table in docs/options.md, at a smaller size."""
+    for unit in (0.49, 0.1):
+        arrived = experiment.vanishing(unit, coordinates=512, steps=200).arrived
+        assert arrived["float32"] == pytest.approx(1, abs=1e-3)
+        assert arrived["bfloat16, to nearest"] == 0
+        assert arrived["bfloat16, at random"] == pytest.approx(1, abs=0.02)
+    losses = experiment.quadratics(functions=32, steps=20)
+    assert losses.keys() == experiment.WAYS.keys()
+    assert all(0 < loss < 10 for loss in losses.values())
