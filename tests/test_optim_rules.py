@@ -82,7 +82,8 @@ def test_rules_of_different_size(
 
 
 def test_default_rule_serves_groups_that_name_none(rules: list[CoordinatewiseLSTM], params: list[nn.Parameter]) -> None:
-    optimizer = LearnedOptimizer([{"params": params[:1]}, {"params": params[1:], "rule": rules[1]}], rules[0])
+    groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:], "rule": rules[1]}]
+    optimizer = LearnedOptimizer(groups, rules[0])
     assert [group["rule"] for group in optimizer.param_groups] == rules
     assert optimizer.rule is rules[0]
 
@@ -119,7 +120,12 @@ def test_rules_are_prepared_once_per_device(
     """Whatever the number of groups and dtypes, also where groups name a file."""
     reference = get("reference")
     prepare, calls = reference.prepare, []
-    monkeypatch.setattr(reference, "prepare", lambda *args: (calls.append(1), prepare(*args))[1])
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return prepare(*args)
+
+    monkeypatch.setattr(reference, "prepare", counted)
     rules[1].save(tmp_path / "rule.safetensors")
     named: list[Any] = [rules[0], rules[0], tmp_path / "rule.safetensors", str(tmp_path / "rule.safetensors")]
     params = make_params([(3,)] * 4, generator)
@@ -151,7 +157,12 @@ def test_one_call_per_group(
 def test_from_module(rules: list[CoordinatewiseLSTM], tmp_path: Path) -> None:
     model = network()
     rules[1].save(tmp_path / "fc.safetensors")
-    patterns = {"0.weight": rules[0], "*.bias": rules[0], "[34].*": tmp_path / "fc.safetensors", "*": rules[1]}
+    patterns: dict[str, Any] = {
+        "0.weight": rules[0],
+        "*.bias": rules[0],
+        "[34].*": tmp_path / "fc.safetensors",
+        "*": rules[1],
+    }
     optimizer = LearnedOptimizer.from_module(model, patterns, lr=0.5, warmup=3)
     names = [group["param_names"] for group in optimizer.param_groups]
     assert names == [["0.weight"], ["0.bias", "1.bias", "3.bias", "4.bias"], ["3.weight", "4.weight"], ["1.weight"]]
@@ -170,9 +181,10 @@ def test_from_module_is_the_optimizer_of_its_groups(
     model = network()
     twin = copy.deepcopy(model)
     fc, conv = [*twin[3:].parameters()], [*twin[:3].parameters()]  # type: ignore[index]
+    groups: list[dict[str, Any]] = [{"params": fc}, {"params": conv, "rule": rules[1]}]
     pair = (
         LearnedOptimizer.from_module(model, {"[34].*": rules[0], "*": rules[1]}, backend=backend.name),
-        LearnedOptimizer([{"params": fc}, {"params": conv, "rule": rules[1]}], rules[0], backend=backend.name),
+        LearnedOptimizer(groups, rules[0], backend=backend.name),
     )
     for _ in range(2):
         grads = make_grads(list(model.parameters()), generator)
@@ -185,8 +197,8 @@ def test_from_module_is_the_optimizer_of_its_groups(
 def test_shared_and_frozen_parameters(rules: list[CoordinatewiseLSTM], generator: torch.Generator) -> None:
     """A shared one is stepped once, under the first of its names; a frozen one rests."""
     model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4)})
-    model["head"].weight = model["embed"].weight  # type: ignore[assignment]
-    model["head"].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+    model["head"].weight = model["embed"].weight
+    model["head"].bias.requires_grad_(False)
     optimizer = LearnedOptimizer.from_module(model, {"embed.*": rules[0], "*": rules[1]}, weight_decay=0.1)
     assert [group["param_names"] for group in optimizer.param_groups] == [["embed.weight"], ["head.bias"]]
     before = [p.detach().clone() for p in model.parameters()]

@@ -200,20 +200,21 @@ def test_limit_with_a_closure(rule: CoordinatewiseLSTM, generator: torch.Generat
 
 
 def test_tensor_saved_for_backward_is_guarded(rule: CoordinatewiseLSTM, generator: torch.Generator) -> None:
-    for options in ({"max_update_norm": 1.0}, {"stochastic_rounding": True}):
+    both: list[dict[str, Any]] = [{"max_update_norm": 1.0}, {"stochastic_rounding": True}]
+    for options in both:
         params = make_params([(5,)], generator, torch.bfloat16)
         loss = (params[0] ** 2).sum()
         set_grads(params, make_grads(params, generator))
-        LearnedOptimizer(params, rule, **options).step()  # type: ignore[arg-type]
+        LearnedOptimizer(params, rule, **options).step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.backward(loss)
 
 
-class NoAnswer(TorchDispatchMode):
+class NoAnswer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fails where the host would ask a device for a number, and notes what is allocated and called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.called: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
