@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from gpu_measure import Bench, Check, Run, close, compare, device_state
+from shapes import MODELS
 from torch import Tensor
 
 import l2l_fast
@@ -542,23 +543,67 @@ def adamw(bench: Bench) -> None:
             bench.add(
                 f"AdamW({name}), {len(sizes)} tensor(s)",
                 optimizer.step,
-                _check_adamw(params, bench.sizes.checked // len(sizes)),
+                _check_adamw(*sampled_step(params, bench.sizes.checked // len(sizes))),
                 coordinate_steps=n,
                 bytes_each=28,
             )
 
 
-def _check_adamw(params: list[torch.nn.Parameter], count: int) -> Check:
+def sampled_step(params: list[torch.nn.Parameter], count: int) -> tuple[Tensor, Tensor]:
+    """Values and gradients of so many coordinates of each parameter, eight at least, on the CPU."""
     moved, gradients = [], []
     for param in params:
         assert param.grad is not None
         at = spread(param.numel(), max(8, count)).to(param.device)
         moved.append(param.detach()[at].cpu())
         gradients.append(param.grad[at].cpu())
-    expected = torch.nn.Parameter(torch.ones(sum(map(len, moved)), dtype=torch.float64))
-    expected.grad = torch.cat(gradients).double()
+    return torch.cat(moved), torch.cat(gradients)
+
+
+def _check_adamw(moved: Tensor, gradients: Tensor) -> Check:
+    """Parameters that started from one, after one step."""
+    expected = torch.nn.Parameter(torch.ones(len(moved), dtype=torch.float64))
+    expected.grad = gradients.double()
     torch.optim.AdamW([expected]).step()
-    return close("parameter", torch.cat(moved), expected.detach(), 1e-6)
+    return close("parameter", moved, expected.detach(), 1e-6)
+
+
+def models(bench: Bench) -> None:
+    """``optimizer.step()`` over the parameters of whole models, its memory, and AdamW on the same."""
+    rule = make_rule(bench)
+    learned = partial(l2l_fast.LearnedOptimizer, rule=rule, backend="triton")
+    optimizers: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
+        "float32 state": learned,
+        "float16 state": partial(learned, state_dtype=FLOAT16),
+        "AdamW(fused)": partial(torch.optim.AdamW, fused=True),
+        "AdamW(foreach)": partial(torch.optim.AdamW, foreach=True),
+    }
+    for model, shapes in MODELS.items():
+        sizes = [min(math.prod(shape), bench.sizes.model_tensor) for shape in shapes][: bench.sizes.model_tensors]
+        for name, make in optimizers.items():
+            start = 1.0 if name.startswith("AdamW") else 0.0
+            params = [torch.nn.Parameter(torch.full((size,), start, device=bench.device)) for size in sizes]
+            for seed, param in enumerate(params):
+                param.grad = random_gradients(bench, param.numel(), seed=seed)
+            optimizer = make(params)
+            optimizer.step()
+            moved, gradients = sampled_step(params, bench.sizes.checked // len(sizes))
+            bench.add(
+                f"{model}, {name}",
+                optimizer.step,
+                _check_adamw(moved, gradients) if start else check_update(rule, moved, gradients, steps=1),
+                coordinate_steps=sum(sizes),
+                bytes_each=28 if start else 2 * STATE * (2 if name.startswith("float16") else 4) + 12,
+                memory=True,
+                note=f"{len(sizes)} tensors, state {state_bytes(optimizer) / 2**20:.0f} MiB",
+            )
+            del optimizer, params, param
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What the state of an optimizer occupies."""
+    entries = optimizer.state.values()
+    return sum(value.nbytes for entry in entries for value in entry.values() if isinstance(value, Tensor))
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
@@ -573,4 +618,5 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "meta-step": meta_step,
     "baselines": baselines,
     "AdamW": adamw,
+    "models": models,
 }

@@ -31,6 +31,8 @@ class Sizes:
     tensors: int = 200  # that share `forward` coordinates
     launch_bound: int = 10_000
     small_tensors: int = 1000  # that share `launch_bound` coordinates
+    model_tensors: int = 1000  # of a model, at most
+    model_tensor: int = 2**40  # of them each, at most
     checked: int = 4096  # of a forward
     checked_backward: int = 2**16 + 17
     warm_up: float = 0.2  # seconds: an idle device clocks down
@@ -48,6 +50,8 @@ DRY_RUN = Sizes(
     tensors=4,
     launch_bound=66,
     small_tensors=6,
+    model_tensors=4,
+    model_tensor=17,
     checked=64,
     checked_backward=66,
     warm_up=0,

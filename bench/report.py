@@ -62,19 +62,21 @@ def markdown(results: dict[str, Any]) -> str:
             lines += ["", f"## {group}", "", "| case | peak memory |", "|---|---|"]
             lines += [f"| {label(b)} | {b['extra_info']['peak_memory_mib']:.0f} MiB |" for b in benchmarks]
             continue
+        stateful = "state_bytes" in benchmarks[0]["extra_info"]
         eager = next((b["stats"]["min"] for b in benchmarks if is_eager(label(b))), None)
         lines += [
             "",
             f"## {group}",
             "",
-            "| case | ns per coordinate and step | x eager | FMA peak |",
-            "|---|---|---|---|",
+            f"| case | ns per coordinate and step | x eager | FMA peak |{' state |' * stateful}",
+            "|---|---|---|---|" + "---|" * stateful,
         ]
         for benchmark in benchmarks:
             info, seconds = benchmark["extra_info"], benchmark["stats"]["min"]
             ratio = f"{eager / seconds:.2f}" if eager else ""
             share = f"{info['share_of_fma_peak']:.1%}" if info["share_of_fma_peak"] else ""
-            lines.append(f"| {label(benchmark)} | {info['ns_per_coordinate_step']:.1f} | {ratio} | {share} |")
+            state = f" {info['state_bytes'] / 2**20:.0f} MiB |" if stateful else ""
+            lines.append(f"| {label(benchmark)} | {info['ns_per_coordinate_step']:.1f} | {ratio} | {share} |{state}")
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from l2l_fast.meta import TrainConfig as TrainConfig
 from l2l_fast.meta import Unroll as Unroll
 from l2l_fast.meta import unroll as unroll
 from l2l_fast.optim import LearnedOptimizer as LearnedOptimizer
+from l2l_fast.release import optimizer_in_backward as optimizer_in_backward
 from l2l_fast.rule import CoordinatewiseLSTM as CoordinatewiseLSTM
 from l2l_fast.rule import available_rules as available_rules
 from l2l_fast.rule import load_rule as load_rule

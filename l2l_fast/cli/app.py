@@ -18,7 +18,7 @@ from l2l_fast.cli.evaluate import evaluate
 from l2l_fast.cli.figure import figure
 from l2l_fast.cli.reproduce import reproduce, tune_teacher
 from l2l_fast.cli.train import train
-from l2l_fast.experiments import cost_model, numerics, speed, tables
+from l2l_fast.experiments import cost_model, numerics, precision, speed, tables
 from l2l_fast.experiments import demo as demonstration
 from l2l_fast.experiments import kernels as kernel_analysis
 from l2l_fast.experiments.machine import instruction_sets, machine
@@ -99,6 +99,26 @@ def numerics_(
         raise RuntimeError(_no_fused_backend())
     for comparison in comparisons:
         console.print(tables.numerics_table(comparison))
+
+
+@app.command(name="precision")
+def precision_(
+    coordinates: Annotated[int, typer.Option(min=precision.TILE, help="Coordinates.")] = precision.COORDINATES,
+    steps: Annotated[int, typer.Option(min=1, help="Steps.")] = precision.STEPS,
+    json: Annotated[Path | None, typer.Option(dir_okay=False, help="File for all numbers.")] = None,
+    threads: Threads = None,
+) -> None:
+    """How far parameters drift when the state is stored in fewer bits, also in forms that no backend has."""
+    if json is not None:
+        prepare_folder(json.parent)
+    set_threads(threads)
+    drifts = precision.measure(coordinates=coordinates, steps=steps)
+    for rule in dict.fromkeys(drift.rule for drift in drifts):
+        console.print(tables.precision_table([drift for drift in drifts if drift.rule == rule]))
+    if json is not None:
+        facts = {"coordinates": coordinates, "steps": steps, "machine": machine()}
+        write_json(json, {"drifts": [asdict(drift) for drift in drifts], **facts})
+        print_written(json)
 
 
 @app.command()

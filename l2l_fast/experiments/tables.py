@@ -14,6 +14,7 @@ from l2l_fast.experiments.evaluate import Evaluation, mean_of
 from l2l_fast.experiments.figures import LABELS
 from l2l_fast.experiments.kernels import Analysis
 from l2l_fast.experiments.numerics import Comparison
+from l2l_fast.experiments.precision import FLOAT16_BOUND, NARROW_BOUND, Drift
 from l2l_fast.experiments.speed import Timing
 from l2l_fast.meta import Diagnosis, SearchResult
 from l2l_fast.meta.diagnostics import Histogram
@@ -137,6 +138,23 @@ def numerics_table(comparison: Comparison) -> Table:
         run = row.run
         cells = [f"{value:.1e}" for error in (row.fused, row.eager) for value in (error, error / row.scale)]
         table.add_row(label, row.quantity, *cells, f"{row.ratio:.2f}")
+    return table
+
+
+def precision_table(drifts: Sequence[Drift]) -> Table:
+    """How far one rule's parameters drift under each form of storing the state."""
+    table = _table(
+        f"state precision: drift of the parameters, rule {drifts[0].rule}",
+        caption="distance from the exact parameters over the way that those went; in brackets, over their spread\n"
+        f"a float16 state may drift by {FLOAT16_BOUND:g} in 300 steps, a form of fewer bits by {NARROW_BOUND:g}",
+    )
+    for column in ("arithmetic", "state"):
+        table.add_column(column)
+    for column in ("bits", *(f"{step} steps" for step in drifts[0].drift)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in drifts:
+        cells = [f"{one.drift[step]:.1e} ({one.spread[step]:.1e})" for step in one.drift]
+        table.add_row(one.backend, one.form, f"{one.bits:g}", *cells)
     return table
 
 

@@ -1,0 +1,210 @@
+"""The update inside the backward: every parameter is stepped as its gradient arrives, and the gradient is freed."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT, StateDict
+
+from l2l_fast.optim import LearnedOptimizer
+from l2l_fast.rule import CoordinatewiseLSTM, as_rule
+
+
+class OptimizerInBackward(torch.optim.Optimizer):
+    """What :func:`optimizer_in_backward` returns: the handle of updates that ``backward()`` makes by itself.
+
+    Schedulers, ``zero_grad``, ``add_param_group`` and checkpoints work on it as on any optimizer. Every parameter
+    is a group of its own in ``param_groups``; its options count from the next backward on. Copies and pickles are
+    refused, as they would not take the hooks along.
+    """
+
+    def __init__(
+        self, params: ParamsT, rule: CoordinatewiseLSTM | str | os.PathLike[str], options: dict[str, Any]
+    ) -> None:
+        self.rule = as_rule(rule)
+        self._options = options
+        self._singles: list[LearnedOptimizer] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        try:
+            super().__init__(params, {})
+        except Exception:
+            self.remove()
+            raise
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the parameters of a group, each as a group of its own with the group's options; all of them or none.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :class:`LearnedOptimizer` does.
+        """
+        whole = LearnedOptimizer([dict(param_group)], self.rule, **self._options).param_groups[0]
+        known = {param for group in self.param_groups for param in group["params"]}
+        if not known.isdisjoint(whole["params"]):
+            raise ValueError("some parameters appear in more than one parameter group")
+        own = {key: value for key, value in param_group.items() if key not in ("params", "param_names")}
+        names = whole.get("param_names")
+        for index, param in enumerate(whole["params"]):
+            named = param if names is None else (names[index], param)
+            single = LearnedOptimizer([{**_cloned(own), "params": [named]}], self.rule, **_cloned(self._options))
+            hook = self._hook(len(self._singles))
+            self._singles.append(single)
+            self._handles.append(param.register_post_accumulate_grad_hook(hook))
+        self._share_groups()
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        # Garbage collection can't see into the hooks of a tensor, so a strong reference would keep model and state.
+        reference = weakref.ref(self)
+
+        def update(param: Tensor) -> None:
+            optimizer = reference()
+            if optimizer is None:
+                raise RuntimeError(
+                    "what optimizer_in_backward returned is gone, and the state with it; keep it as long as the model "
+                    "is trained, or call its remove() when it has done its work"
+                )
+            if param.grad is None:
+                raise RuntimeError(
+                    f"the gradient of a parameter of shape {tuple(param.shape)} was taken before its update: another "
+                    "hook frees it too. Call remove() of the first optimizer_in_backward before making a second"
+                )
+            optimizer._singles[index].step()
+            param.grad = None
+
+        return update
+
+    def _share_groups(self) -> None:
+        """The groups here are those of the single optimizers, so that a change of an option reaches them."""
+        self.param_groups = [single.param_groups[0] for single in self._singles]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Nothing is left to do here, so that a training loop may stay as it is; a closure is evaluated.
+
+        Returns:
+            What ``closure`` returned.
+        """
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def remove(self) -> None:
+        """Let ``backward()`` keep the gradients again and update nothing; the state stays to be saved."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def state_dict(self) -> StateDict:
+        """State and groups in the form of a :class:`LearnedOptimizer` that has a group for every parameter.
+
+        States ``[*param.shape, 2, 2, H]`` are copies.
+        """
+
+        def fill(_: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
+            parts = [single.state_dict() for single in self._singles]
+            return {
+                "state": {key: part["state"][0] for key, part in enumerate(parts) if part["state"]},
+                "param_groups": [{**part["param_groups"][0], "params": [key]} for key, part in enumerate(parts)],
+            }
+
+        # Ahead of the user's hooks, as in LearnedOptimizer.
+        handle = self.register_state_dict_post_hook(fill, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take groups and state from a :meth:`state_dict`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`LearnedOptimizer.load_state_dict` does, also if the groups are not one
+                for every parameter. On any error everything is as before.
+        """
+        loaded: list[LearnedOptimizer] = []
+
+        def take(_: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
+            # Checks the groups as a whole; a fresh optimizer for every parameter then takes its part.
+            groups = [{"params": group["params"]} for group in self.param_groups]
+            stateless = {key: {} if key == "state" else value for key, value in state_dict.items()}
+            LearnedOptimizer(groups, self.rule, **self._options).load_state_dict(stateless)
+            for single, group in zip(self._singles, state_dict["param_groups"], strict=True):
+                (param,), (key,) = single.param_groups[0]["params"], group["params"]
+                fresh = LearnedOptimizer([param], self.rule, **self._options)
+                state = {0: state_dict["state"][key]} if key in state_dict["state"] else {}
+                fresh.load_state_dict({"state": state, "param_groups": [{**group, "params": [0]}]})
+                loaded.append(fresh)
+            return {**state_dict, "state": {}}
+
+        def install(_: torch.optim.Optimizer) -> None:
+            self._singles[:] = loaded
+            self._share_groups()
+
+        handles = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(install, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "an optimizer in the backward can't be copied or pickled, as its hooks sit on the parameters; save its "
+            "state_dict() and load it into optimizer_in_backward(copy_of_the_model, ...)"
+        )
+
+
+def _cloned(options: dict[str, Any]) -> dict[str, Any]:
+    """With tensors of their own: a scheduler changes a tensor ``lr`` in place, once for every group."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in options.items()}
+
+
+def optimizer_in_backward(
+    model: nn.Module, rule: CoordinatewiseLSTM | str | os.PathLike[str], **options: Any
+) -> OptimizerInBackward:
+    """Let ``loss.backward()`` train ``model``: every parameter is updated as its gradient arrives, which is then freed.
+
+    So the gradients of a model are never in memory all at once; parameters come out as from
+    ``LearnedOptimizer(...).step()`` after the backward, bit for bit. Whatever needs all gradients before the update
+    is out of reach: their accumulation over several backwards, clipping by their common norm, ``GradScaler``,
+    averaging over processes by ``DistributedDataParallel``.
+
+    Args:
+        model: its parameters that require a gradient are changed in place by every backward through them.
+        rule: as for :class:`LearnedOptimizer`.
+        options: as for :class:`LearnedOptimizer`.
+
+    Returns:
+        The handle for schedulers and checkpoints, which holds the state: keep it as long as the model is trained.
+        Its :meth:`~OptimizerInBackward.remove` ends it.
+
+    Raises:
+        TypeError: if ``model`` is not a module, or an option is of the wrong kind.
+        ValueError: if the model has no parameter that requires a gradient, or averages gradients over processes.
+
+    Source: ``torch.Tensor.register_post_accumulate_grad_hook``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimizer_in_backward takes the module that it trains, got {type(model).__name__}")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "DistributedDataParallel averages gradients after the hooks that would use them here; shard the model with "
+            "torch.distributed.fsdp.fully_shard, or use LearnedOptimizer"
+        )
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    if not trained:
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to do")
+    return OptimizerInBackward(trained, rule, options)
