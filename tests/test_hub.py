@@ -82,6 +82,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.server.requests += 1
+        if self.path.startswith("/api/"):  # is there a repository, after all, that could not be made?
+            self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
+            return
         match = re.fullmatch(r"/(.+?/.+?)/resolve/(.+?)/(.+)", self.path)
         assert match
         repo_id, revision, name = match.groups()
@@ -261,7 +264,7 @@ def test_missing_path(server: Server, source: str | Path) -> None:
 
 
 @pytest.mark.parametrize("repo_id", ["quadratic", "a/b/c", "user/", "", "us er/rule", "user/a--b"])
-def test_bad_id(server: Server, rule: CoordinatewiseLSTM, repo_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_id(server: Server, rule: CoordinatewiseLSTM, repo_id: str) -> None:
     for call in (CoordinatewiseLSTM.from_hub, rule.push_to_hub):
         with pytest.raises(ValueError, match=rf"{re.escape(repr(repo_id))}.*"):
             call(repo_id)

@@ -31,7 +31,7 @@ with tempfile.TemporaryDirectory() as folder:
             max_steps=100,
             per_device_train_batch_size=32,
             logging_steps=10,
-            logging_strategy="steps",
+            logging_first_step=True,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
