@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from l2l_fast import autograd, sonnet
+from l2l_fast import autograd, hub, sonnet
 from l2l_fast.files import load_tensors, save_atomically
 from l2l_fast.spec import Preprocess, RuleSpec
 
@@ -124,6 +126,53 @@ class CoordinatewiseLSTM(nn.Module):
         rule.load_tensors(tensors, source=os.fspath(path))
         rule.card = card
         return rule
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Put the rule and a card made from :attr:`card` into a repository of the Hugging Face Hub, in one commit.
+
+        A rule and a card that are there are replaced.
+
+        Args:
+            repo_id: ``"user/name"``; made if there is none.
+            private: whether a repository that has to be made is private; ``None`` as the account is set.
+            token: of an account that may write there; ``None`` for the one that is logged in.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: if huggingface_hub is not installed; ``pip install 'l2l_fast[hub]'``.
+            ValueError: if ``repo_id`` is none, or a weight is not finite.
+            PermissionError: if the account may not write there.
+            ConnectionError: if the Hub can't be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, hub.FILE)
+            self.save(file)
+            self.load(file)  # what nobody could load is not published
+            return hub.push(file, self.spec, self.card, repo_id, private=private, token=token)
+
+    @classmethod
+    def from_hub(
+        cls, source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> CoordinatewiseLSTM:
+        """The rule in a repository that :meth:`push_to_hub` wrote, or in a file or folder that is here; on the CPU.
+
+        A path at which something lies is never looked up on the Hub. Nothing is unpickled.
+
+        Args:
+            source: ``"user/name"``, or the path of a file or of a folder that holds ``rule.safetensors``.
+            revision: branch, tag or commit of a repository.
+            token: of an account that may read it; ``None`` for the one that is logged in.
+
+        Raises:
+            FileNotFoundError: if nothing lies at the path, or there is no such repository, revision or file in it.
+            PermissionError: if the repository asks for a consent that this account has not given.
+            ValueError: if ``source`` is neither a path nor the id of a repository, or the file holds no rule.
+            ConnectionError: if the Hub can't be reached and the file has not been downloaded before.
+            ImportError: if a repository is asked for and huggingface_hub is not installed.
+        """
+        return cls.load(hub.find(source, revision=revision, token=token))
 
     @classmethod
     def from_sonnet(
