@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def types() -> tuple[type[Tensor], ...]:
+def types() -> tuple[type[DTensor], ...]:
     """``DTensor`` as :func:`isinstance` takes it; nothing while no one has imported it, so that none can exist.
 
     The import takes half as long as that of PyTorch, which is not for those who train in one process.
