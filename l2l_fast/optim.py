@@ -420,7 +420,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     f"the state of a parameter of shape {tuple(param.shape)} reaches {state.abs().max()}, too large "
                     f"for {state_dtype}; keep {self.state_dtype} or take torch.bfloat16"
                 )
-        for param, entry in held:
+        for _, entry in held:
             layout: Layout = entry["layout"]
             packed = get(layout.backend).pack_state(self._unpack(entry), state_dtype)
             entry.update(lstm=packed, layout=Layout(*layout), id=id(packed))

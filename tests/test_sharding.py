@@ -179,6 +179,9 @@ def step_as_one_process(backend: str, state_dtype: torch.dtype) -> None:
         take_steps(plain, range(step, step + 1))
     # The matrix products of the reference may round otherwise for another number of rows.
     assert_same_shares(sharded, plain, 0.0 if backend == "cpu" else 1e-5)
+    for optimizer in (sharded, plain):
+        optimizer.convert_state(torch.bfloat16)
+    assert_same_shares(sharded, plain, 0.0 if backend == "cpu" else 1e-2)
     assert_placed_alike(sharded)
 
 
@@ -477,6 +480,11 @@ def refusals() -> None:
     with pytest.raises(RuntimeError, match=r"shape \(4, 6\) on DeviceMesh.* has a gradient of shape \(4, 6\) on"):
         sharded.step()
     assert_same(contents(sharded), before)
+    for options in ({"max_update_norm": 1.0}, {"stochastic_rounding": True}):
+        staged = make_optimizer([first], **options)
+        with pytest.raises(ValueError, match=r"need whole parameters, but one of shape \(4, 6\) is a DTensor"):
+            staged.step()
+        assert not staged.state
 
     plain = make_optimizer([nn.Parameter(tensor.clone()), nn.Parameter(tensor.clone())])
     params_of(plain)[0].grad = first.grad
