@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
 
+from l2l_fast import sharding
 from l2l_fast.backends import get
 from l2l_fast.batch import Batch, StagedBatch, Workspace, step_all
 from l2l_fast.options import OFF, Options, read_options
@@ -201,7 +202,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 )
             if param.layout != torch.strided:
                 raise TypeError(f"parameters must be dense, got layout {param.layout}; call .to_dense() first")
-            if torch._debug_has_internal_overlap(param) == 1:
+            if torch._debug_has_internal_overlap(sharding.local_param(param)) == 1:
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} shares memory between its "
                     "elements; make it contiguous first"
@@ -241,7 +242,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         stepped: list[dict[str, Any]] = []
         entries: dict[Tensor, dict[str, Any]] = {}
         for number, (group, rule) in enumerate(zip(self.param_groups, self._sync_rules(), strict=True)):
-            found = self._gather(group["params"], partial(self._batch, number, rule, read_options(group)), entries)
+            options = read_options(group)
+            if options.limit is not None or options.rounding is not None:
+                sharding.refuse(group["params"], "max_update_norm and stochastic_rounding")
+            found = self._gather(group["params"], partial(self._batch, number, rule, options), entries)
             if found:
                 batches += found
                 stepped.append(group)
@@ -280,12 +284,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state = self.state
         device: torch.device | None = None
         dtype: torch.dtype | None = None
+        plain, sharded = nn.Parameter, sharding.types()
         for param in params:
             grad = param.grad
             if grad is None:
                 continue
-            if param.dtype is not dtype or param.device != device:
-                device, dtype = param.device, param.dtype
+            own = param  # what this process holds of it
+            if type(param) is not plain and isinstance(param, sharded):
+                own, grad = sharding.local_pair(param, grad)
+            if own.dtype is not dtype or own.device != device:
+                device, dtype = own.device, own.dtype
                 if (device, dtype) not in batches:
                     batches[device, dtype] = batch_of(device, dtype)
                 batch = batches[device, dtype]
@@ -294,21 +302,26 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if (
                 entry is None
                 or entry.get("layout") is not layout
-                or entry["numel"] != param.numel()
+                or entry["numel"] != own.numel()
                 or entry["id"] != id(entry["lstm"])
             ):
-                entry = entries[param] = self._entry(param, grad, entry, batch.runner)
+                entry = entries[param] = self._entry(own, grad, entry, batch.runner)
             batch.states.append(entry["lstm"])
-            if param.is_contiguous() and grad.is_contiguous() and grad.dtype is dtype and not grad.is_neg():
-                batch.params.append(param)
+            if own.is_contiguous() and grad.is_contiguous() and grad.dtype is dtype and not grad.is_neg():
+                batch.params.append(own)
                 batch.grads.append(grad)
             else:
-                batch.add_as_copies(param, grad)
+                batch.add_as_copies(own, grad)
         return list(batches.values())
 
     def _entry(self, param: Tensor, grad: Tensor, entry: dict[str, Any] | None, runner: Runner) -> dict[str, Any]:
         """The state of ``param`` as its runner takes it: a new one, or the one in ``entry``, repacked if need be."""
         backend, _, layout = runner
+        if sharding.is_sharded(grad):
+            raise TypeError(
+                f"a parameter of shape {tuple(param.shape)} is a plain tensor but its gradient is a DTensor; shard the "
+                "model before the optimizer is made, or set p.grad = p.grad.full_tensor()"
+            )
         if grad.shape != param.shape or grad.device != param.device:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} on {param.device} has a gradient of shape "
@@ -340,27 +353,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
         elif entry["layout"].backend == layout.backend and entry["lstm"].dtype == self.state_dtype:
             packed = entry["lstm"]
         else:
-            packed = backend.pack_state(self._unpack(param, entry), self.state_dtype)
+            packed = backend.pack_state(self._unpack(entry), self.state_dtype)
         return {"lstm": packed, "layout": layout, "numel": param.numel(), "id": id(packed)}
 
     def _pack(self, param: Tensor, state: Tensor, rule: PreparedRule) -> dict[str, Any]:
         """The entry of ``param`` in ``self.state`` for a state ``[*param.shape, 2, 2, H]``."""
-        backend, _, layout = rule.runner(param.device, param.dtype)
-        flat = state.detach().to(param.device).reshape(param.numel(), *state.shape[-3:])
+        own, state = sharding.local_param(param), sharding.local_state(param, state)
+        backend, _, layout = rule.runner(own.device, own.dtype)
+        flat = state.detach().to(own.device).reshape(own.numel(), 2, 2, layout.spec.hidden_size)
         packed = backend.pack_state(flat, self.state_dtype)
         # An equal layout but another object: the next step checks the parameter and its gradient once.
-        return {"lstm": packed, "layout": Layout(*layout), "numel": param.numel(), "id": id(packed)}
+        return {"lstm": packed, "layout": Layout(*layout), "numel": own.numel(), "id": id(packed)}
 
-    def _unpack(self, param: Tensor, entry: dict[str, Any]) -> Tensor:
-        """State of ``param`` as ``[N, 2, 2, H]``, a copy."""
+    def _unpack(self, entry: dict[str, Any]) -> Tensor:
+        """The state in ``entry`` as ``[N, 2, 2, H]``, a copy."""
         layout: Layout = entry["layout"]
-        return get(layout.backend).unpack_state(entry["lstm"], param.numel(), layout.spec)
+        return get(layout.backend).unpack_state(entry["lstm"], entry["numel"], layout.spec)
 
     def _public(self, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
         """An entry of ``self.state`` with the state as ``[*param.shape, 2, 2, H]``, a copy."""
         public = _without_packed(entry)
         if "lstm" in entry:
-            public["lstm"] = self._unpack(param, entry).view(*param.shape, 2, 2, entry["layout"].spec.hidden_size)
+            shape = (*sharding.local_param(param).shape, 2, 2, entry["layout"].spec.hidden_size)
+            public["lstm"] = sharding.like_param(param, self._unpack(entry).view(shape))
         return public
 
     def _forget(self) -> None:
@@ -399,15 +414,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         _check_state_dtype(state_dtype)
         held = [(param, entry) for param, entry in self.state.items() if "lstm" in entry]
         for param, entry in held:
-            state = self._unpack(param, entry)
+            state = self._unpack(entry)
             if (state.isfinite() & ~state.to(state_dtype).isfinite()).any():
                 raise ValueError(
                     f"the state of a parameter of shape {tuple(param.shape)} reaches {state.abs().max()}, too large "
                     f"for {state_dtype}; keep {self.state_dtype} or take torch.bfloat16"
                 )
-        for param, entry in held:
+        for _, entry in held:
             layout: Layout = entry["layout"]
-            packed = get(layout.backend).pack_state(self._unpack(param, entry), state_dtype)
+            packed = get(layout.backend).pack_state(self._unpack(entry), state_dtype)
             entry.update(lstm=packed, layout=Layout(*layout), id=id(packed))
         self._state_dtype = state_dtype
 
@@ -523,6 +538,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"exactly; build the optimizer with the checkpoint's dtype, load, and call "
                 f"convert_state({self.state_dtype}) if digits may go"
             )
+        sharding.check_state(key, param, state)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy holds: states in the public layout, as another machine may read them."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks, start_ranks
 from test_trainer import SMALL, Digits, DigitsProblem, Stop, assert_same_training, contents, make_rule, stop_after
 from torch import Tensor
 from typer.testing import CliRunner
@@ -28,55 +27,14 @@ from l2l_fast.meta.distributed import Team
 from l2l_fast.meta.shard import _seed
 
 CONFIG = replace(SMALL, shards=2, average=0.9, clip_ratio=2.0, warmup=2)
-RANKS = 2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def serve(rank: int, store: str, pipe: Connection) -> None:
-    """A rank that does what it is told, until it is told ``None``."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    while (task := pipe.recv()) is not None:
-        function, arguments = task
-        try:
-            pipe.send(function(*arguments))
-        except (Exception, KeyboardInterrupt) as error:
-            pipe.send(error)
-    dist.destroy_process_group()
-
-
-class Ranks:
-    def __init__(self, pipes: list[Connection]) -> None:
-        self.pipes = pipes
-
-    def __call__(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
-        """What ``function`` returns or raises on each rank."""
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
-        for pipe in self.pipes:
-            assert pipe.poll(60), "a rank is left waiting"
-        return [pipe.recv() for pipe in self.pipes]
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Two processes, connected by gloo, for all tests: each test finds them in step, whatever became of the last."""
-    context = multiprocessing.get_context("spawn")
-    store = str(tmp_path_factory.mktemp("store") / "store")
-    pipes, processes = [], []
-    for rank in range(RANKS):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(rank, store, theirs))
-        process.start()
-        pipes.append(ours)
-        processes.append(process)
-    yield Ranks(pipes)
-    for pipe in pipes:
-        pipe.send(None)
-    for process in processes:
-        process.join(30)
-        process.kill()
+    with start_ranks(2, tmp_path_factory.mktemp("store")) as ranks:
+        yield ranks
 
 
 def train(
