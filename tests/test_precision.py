@@ -53,7 +53,7 @@ def test_rounding_twice_is_rounding_once(name: str, generator: torch.Generator) 
 def test_scales_are_shared_by_sixteen_coordinates(generator: torch.Generator) -> None:
     """A large number costs its neighbours in the tile their digits, and those of other tiles and units nothing."""
     state = make_state(generator)
-    form = FORM["int8, scale per tile"]
+    form = FORM["int8/tile"]
     before = form.round(state, generator)
     state[3, 0, 1, 5] = 1000.0
     changed = (form.round(state, generator) != before).nonzero()
@@ -61,14 +61,14 @@ def test_scales_are_shared_by_sixteen_coordinates(generator: torch.Generator) ->
     assert changed[:, 1:].unique(dim=0).tolist() == [[0, 1, 5]]
 
 
-@pytest.mark.parametrize("kind", ["stochastic", "dithered"])
+@pytest.mark.parametrize("kind", ["random", "dither"])
 def test_random_rounding_is_right_in_the_mean(kind: str, generator: torch.Generator) -> None:
     state = make_state(generator, tiles=1)
-    form = FORM[f"int8, scale per tile, {kind}"]
+    form = FORM[f"int8/tile, {kind}"]
     draws = torch.stack([form.round(state, generator) for _ in range(400)])
     step = state.abs().amax(0) / 127
     assert float(((draws.mean(0) - state) / step).abs().max()) < 0.15  # six standard errors
-    nearest = FORM["int8, scale per tile"].round(state, generator)
+    nearest = FORM["int8/tile"].round(state, generator)
     assert float(((nearest - state) / step).abs().max()) > 0.4
 
 

@@ -34,7 +34,7 @@ Round = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """A way to store a state.
+    """A way to store a state; ``/tile`` and ``/coordinate`` in its name say what shares a scale.
 
     Attributes:
         bits: per number, scales included.
@@ -69,7 +69,7 @@ def _nearest(numbers: Tensor, _: torch.Generator) -> Tensor:
     return numbers.round()
 
 
-def _stochastic(numbers: Tensor, generator: torch.Generator) -> Tensor:
+def _randomly(numbers: Tensor, generator: torch.Generator) -> Tensor:
     """Up or down at random, right in the mean."""
     return (numbers + torch.rand(numbers.shape, generator=generator, dtype=numbers.dtype)).floor()
 
@@ -103,11 +103,11 @@ FORMS = (
     Form("h e4m3, c float16", 12, _hidden_only(_cast(_E4M3))),
     Form("e4m3", 8, _cast(_E4M3)),
     Form("e5m2", 8, _cast(torch.float8_e5m2)),
-    Form("e4m3, scale per tile", _TILE_BITS, _scaled(448, _BY_TILE, _cast(_E4M3))),
-    Form("int8, scale per tile", _TILE_BITS, _scaled(127, _BY_TILE, _nearest)),
-    Form("int8, scale per coordinate", _COORDINATE_BITS, _scaled(127, _BY_COORDINATE, _nearest)),
-    Form("int8, scale per tile, stochastic", _TILE_BITS, _scaled(127, _BY_TILE, _stochastic)),
-    Form("int8, scale per tile, dithered", _TILE_BITS, _scaled(127, _BY_TILE, _dithered)),
+    Form("e4m3/tile", _TILE_BITS, _scaled(448, _BY_TILE, _cast(_E4M3))),
+    Form("int8/tile", _TILE_BITS, _scaled(127, _BY_TILE, _nearest)),
+    Form("int8/coordinate", _COORDINATE_BITS, _scaled(127, _BY_COORDINATE, _nearest)),
+    Form("int8/tile, random", _TILE_BITS, _scaled(127, _BY_TILE, _randomly)),
+    Form("int8/tile, dither", _TILE_BITS, _scaled(127, _BY_TILE, _dithered)),
 )
 
 STORAGE = (torch.float32, torch.float16, torch.bfloat16)

@@ -143,17 +143,19 @@ def numerics_table(comparison: Comparison) -> Table:
 
 def precision_table(drifts: Sequence[Drift]) -> Table:
     """How far one rule's parameters drift under each form of storing the state."""
+    *_, last = drifts[0].drift
     table = _table(
-        f"state precision: drift of the parameters, rule {drifts[0].rule}",
-        caption="distance from the exact parameters over the way that those went; in brackets, over their spread\n"
-        f"a float16 state may drift by {FLOAT16_BOUND:g} in 300 steps, a form of fewer bits by {NARROW_BOUND:g}",
+        f"state precision: drift of the parameters by steps, rule {drifts[0].rule}",
+        caption="distance from the exact parameters over the way that those went; spread: over their\n"
+        f"spread, at the last step; exact: float64 arithmetic. Bounds at 300 steps: {FLOAT16_BOUND:g} for\n"
+        f"float16, {NARROW_BOUND:g} for fewer bits",
     )
-    for column in ("arithmetic", "state"):
-        table.add_column(column)
-    for column in ("bits", *(f"{step} steps" for step in drifts[0].drift)):
+    for column in ("by", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("bits", *map(str, drifts[0].drift), "spread"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in drifts:
-        cells = [f"{one.drift[step]:.1e} ({one.spread[step]:.1e})" for step in one.drift]
+        cells = [f"{value:.1e}" for value in (*one.drift.values(), one.spread[last])]
         table.add_row(one.backend, one.form, f"{one.bits:g}", *cells)
     return table
 
