@@ -130,7 +130,7 @@ def test_gradients_are_freed_as_they_are_used(rule: CoordinatewiseLSTM) -> None:
         most = max(most, sum(grad() is not None for grad in alive))
 
     for param in model.parameters():
-        param.register_post_accumulate_grad_hook(note)
+        param.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
     handle = optimizer_in_backward(model, rule)
     torch.autograd.backward(model(torch.ones(2, 6)).sum())
     assert len(handle.param_groups) == len(alive) == 5
@@ -374,7 +374,7 @@ def test_nothing_outlives_model_and_handle(rule: CoordinatewiseLSTM) -> None:
     model = nn.Linear(3, 3)
     handle = optimizer_in_backward(model, rule)
     torch.autograd.backward(model(torch.ones(1, 3)).sum())
-    dead = [weakref.ref(handle), weakref.ref(model.weight)]
+    dead: list[weakref.ref[Any]] = [weakref.ref(handle), weakref.ref(model.weight)]
     del model, handle
     gc.collect()
     assert [reference() for reference in dead] == [None, None]

@@ -136,15 +136,19 @@ def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    local: Tensor = tensor.to_local()
+    return local.detach()
+
+
 def assert_same_shares(sharded: LearnedOptimizer, plain: LearnedOptimizer, tolerance: float = 0.0) -> None:
     """Each rank holds of parameters and states what one process has there."""
     pairs = zip((*params_of(sharded), *states_of(sharded)), (*params_of(plain), *states_of(plain)), strict=True)
     for own, all_of_it in pairs:
         assert isinstance(own, DTensor)
         assert own.shape == all_of_it.shape
-        torch.testing.assert_close(
-            own.detach().to_local(), share(all_of_it.detach(), own).to_local(), rtol=0, atol=tolerance
-        )
+        torch.testing.assert_close(_local(own), _local(share(all_of_it.detach(), own)), rtol=0, atol=tolerance)
 
 
 def assert_placed_alike(optimizer: LearnedOptimizer) -> None:

@@ -141,6 +141,7 @@ def rules() -> dict[str, CoordinatewiseLSTM]:
             rule = CoordinatewiseLSTM()
         with torch.no_grad():
             for cell in rule.cells:
+                assert isinstance(cell, torch.nn.LSTMCell)
                 cell.bias_ih[_UNITS : 2 * _UNITS] += forget_bias
         found[name] = rule
     return found | {name: load_rule(name) for name in available_rules()}
