@@ -76,6 +76,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Source: Andrychowicz et al. 2016, section 2.1.
     """
 
+    # By whose number random rounding tells groups apart; above 0 where groups are optimizers of their own.
+    _first_group = 0
+
     def __init__(
         self,
         params: ParamsT,
@@ -241,7 +244,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         batches: list[Batch] = []
         stepped: list[dict[str, Any]] = []
         entries: dict[Tensor, dict[str, Any]] = {}
-        for number, (group, rule) in enumerate(zip(self.param_groups, self._sync_rules(), strict=True)):
+        groups = zip(self.param_groups, self._sync_rules(), strict=True)
+        for number, (group, rule) in enumerate(groups, start=self._first_group):
             options = read_options(group)
             if options.limit is not None or options.rounding is not None:
                 sharding.refuse(group["params"], "max_update_norm and stochastic_rounding")

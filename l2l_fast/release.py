@@ -43,6 +43,11 @@ class OptimizerInBackward(torch.optim.Optimizer):
             TypeError, ValueError, RuntimeError: as :class:`LearnedOptimizer` does.
         """
         whole = LearnedOptimizer([dict(param_group)], self.rule, **self._options).param_groups[0]
+        if whole["update_norm"] == "global" and whole["max_update_norm"] is not None:
+            raise ValueError(
+                "update_norm='global' limits all updates together, which here come one after the other; use "
+                "update_norm='tensor'"
+            )
         known = {param for group in self.param_groups for param in group["params"]}
         if not known.isdisjoint(whole["params"]):
             raise ValueError("some parameters appear in more than one parameter group")
@@ -51,6 +56,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         for index, param in enumerate(whole["params"]):
             named = param if names is None else (names[index], param)
             single = LearnedOptimizer([{**_cloned(own), "params": [named]}], self.rule, **_cloned(self._options))
+            single._first_group = len(self._singles)
             hook = self._hook(len(self._singles))
             self._singles.append(single)
             self._handles.append(param.register_post_accumulate_grad_hook(hook))
@@ -141,6 +147,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
             for single, group in zip(self._singles, state_dict["param_groups"], strict=True):
                 (param,), (key,) = single.param_groups[0]["params"], group["params"]
                 fresh = LearnedOptimizer([param], self.rule, **self._options)
+                fresh._first_group = len(loaded)
                 state = {0: state_dict["state"][key]} if key in state_dict["state"] else {}
                 fresh.load_state_dict({"state": state, "param_groups": [{**group, "params": [0]}]})
                 loaded.append(fresh)

@@ -410,3 +410,32 @@ def test_distributed_data_parallel_is_refused(rule: CoordinatewiseLSTM, tmp_path
             optimizer_in_backward(model, rule)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_random_rounding_differs_between_parameters(rule: CoordinatewiseLSTM, model: Net) -> None:
+    """It is that of an ordinary optimizer with a group for every parameter, after loading too."""
+    options: dict[str, Any] = {"stochastic_rounding": True, "rounding_seed": 3, "lr": 1e-3}
+    model = model.to(torch.bfloat16)
+    twin, inputs = copy.deepcopy(model), torch.ones(7, 5, dtype=torch.bfloat16)
+
+    def losses(net: nn.Module) -> None:
+        torch.autograd.backward(net(inputs).square().mean())
+
+    handle = optimizer_in_backward(model, rule, **options)
+    groups = [{"params": [param]} for param in twin.parameters() if param.requires_grad]
+    plain = LearnedOptimizer(groups, rule, **options)
+    for step in range(6):
+        if step == 3:
+            handle.load_state_dict(handle.state_dict())
+        losses(model)
+        plain.zero_grad()
+        losses(twin)
+        plain.step()
+        assert_same(model, twin)
+    assert handle._singles[1]._first_group == 1
+
+
+def test_a_limit_for_all_updates_together_is_refused(rule: CoordinatewiseLSTM, model: Net) -> None:
+    with pytest.raises(ValueError, match="limits all updates together, which here come one after the other"):
+        optimizer_in_backward(model, rule, max_update_norm=1.0, update_norm="global")
+    optimizer_in_backward(model, rule, max_update_norm=1.0).remove()
