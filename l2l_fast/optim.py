@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -366,8 +367,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         backend, _, layout = rule.runner(own.device, own.dtype)
         flat = state.detach().to(own.device).reshape(own.numel(), 2, 2, layout.spec.hidden_size)
         packed = backend.pack_state(flat, self.state_dtype)
-        # An equal layout but another object: the next step checks the parameter and its gradient once.
-        return {"lstm": packed, "layout": Layout(*layout), "numel": own.numel(), "id": id(packed)}
+        # The same layout but another object: the next step checks the parameter and its gradient once.
+        return {"lstm": packed, "layout": copy.copy(layout), "numel": own.numel(), "id": id(packed)}
 
     def _unpack(self, entry: dict[str, Any]) -> Tensor:
         """The state in ``entry`` as ``[N, 2, 2, H]``, a copy."""
@@ -427,7 +428,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for _, entry in held:
             layout: Layout = entry["layout"]
             packed = get(layout.backend).pack_state(self._unpack(entry), state_dtype)
-            entry.update(lstm=packed, layout=Layout(*layout), id=id(packed))
+            entry.update(lstm=packed, layout=copy.copy(layout), id=id(packed))
         self._state_dtype = state_dtype
 
     def state_dict(self) -> StateDict:

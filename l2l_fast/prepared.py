@@ -13,12 +13,17 @@ from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import LogAndSign, RuleSpec
 
 
-class Layout(NamedTuple):
-    """Whose packed layout a state has, where it lies, and of what rule it is."""
+class Layout:
+    """Whose packed layout a state has, where it lies, and of what rule it is; known by identity.
 
-    backend: str
-    device: torch.device
-    spec: RuleSpec
+    Lies among the values of ``optimizer.state``, so it is neither a tuple nor a dataclass: tools that move an
+    optimizer to a device walk into those and build them anew.
+    """
+
+    __slots__ = ("backend", "device", "spec")
+
+    def __init__(self, backend: str, device: torch.device, spec: RuleSpec) -> None:
+        self.backend, self.device, self.spec = backend, device, spec
 
 
 class Runner(NamedTuple):
