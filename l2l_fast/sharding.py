@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def types() -> tuple[type[DTensor], ...]:
     """``DTensor`` as :func:`isinstance` takes it; nothing while no one has imported it, so that none can exist.
 
-    The import takes half as long as that of PyTorch, which is not for those who train in one process.
+    Its import takes half as long as that of PyTorch, so that importing this package must not bring it.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return () if module is None else (module.DTensor,)
