@@ -87,6 +87,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
         """The groups here are those of the single optimizers, so that a change of an option reaches them."""
         self.param_groups = [single.param_groups[0] for single in self._singles]
 
+    __repr__ = LearnedOptimizer.__repr__
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -141,12 +143,12 @@ class OptimizerInBackward(torch.optim.Optimizer):
 
         def take(_: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
             # Checks the groups as a whole; a fresh optimizer for every parameter then takes its part.
-            groups = [{"params": group["params"]} for group in self.param_groups]
+            groups = [{"params": group["params"], "rule": group["rule"]} for group in self.param_groups]
             stateless = {key: {} if key == "state" else value for key, value in state_dict.items()}
-            LearnedOptimizer(groups, self.rule, **self._options).load_state_dict(stateless)
-            for single, group in zip(self._singles, state_dict["param_groups"], strict=True):
-                (param,), (key,) = single.param_groups[0]["params"], group["params"]
-                fresh = LearnedOptimizer([param], self.rule, **self._options)
+            LearnedOptimizer([dict(group) for group in groups], self.rule, **self._options).load_state_dict(stateless)
+            for single, group in zip(groups, state_dict["param_groups"], strict=True):
+                (key,) = group["params"]
+                fresh = LearnedOptimizer([dict(single)], self.rule, **self._options)
                 fresh._first_group = len(loaded)
                 state = {0: state_dict["state"][key]} if key in state_dict["state"] else {}
                 fresh.load_state_dict({"state": state, "param_groups": [{**group, "params": [0]}]})
@@ -187,7 +189,7 @@ def optimizer_in_backward(
     So the gradients of a model are never in memory all at once; parameters come out as from
     ``LearnedOptimizer(...).step()`` after the backward, bit for bit. Whatever needs all gradients before the update
     is out of reach: their accumulation over several backwards, clipping by their common norm, ``GradScaler``,
-    averaging over processes by ``DistributedDataParallel``.
+    averaging over processes by ``DistributedDataParallel``. Random rounding is that of groups of one parameter each.
 
     Args:
         model: its parameters that require a gradient are changed in place by every backward through them.

@@ -89,14 +89,21 @@ def states(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {names[key]: entry["lstm"] for key, entry in saved["state"].items()}
 
 
+@pytest.mark.parametrize("more", [{}, {"warmup": 3, "max_update_norm": 0.05}], ids=["plain", "limited"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_as_the_ordinary_step(
-    backend: Backend, rule: CoordinatewiseLSTM, model: Net, dtype: torch.dtype
+    backend: Backend, rule: CoordinatewiseLSTM, model: Net, dtype: torch.dtype, more: dict[str, Any]
 ) -> None:
     model.to(dtype)
     frozen = [param.clone() for param in model.frozen.parameters()]
     plain = copy.deepcopy(model)
-    options: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.1, "backend": backend.name, "state_dtype": torch.float16}
+    options: dict[str, Any] = {
+        "lr": 0.5,
+        "weight_decay": 0.1,
+        "backend": backend.name,
+        "state_dtype": torch.float16,
+        **more,
+    }
     ordinary = LearnedOptimizer(
         [(name, param) for name, param in plain.named_parameters() if param.requires_grad], rule, **options
     )
@@ -400,6 +407,27 @@ def test_bad_option(rule: CoordinatewiseLSTM, model: Net) -> None:
         optimizer_in_backward(model, rule, lr=-1.0)
     backward(model, 0)
     assert model.scale.grad is not None
+
+
+def test_rules_of_groups(rule: CoordinatewiseLSTM, generator: torch.Generator) -> None:
+    """A group may have a rule of its own, which a checkpoint then asks for."""
+    other = make_rule(generator)
+    params, twins = ([nn.Parameter(torch.ones(4)) for _ in range(2)] for _ in range(2))
+
+    def groups(pair: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": pair[:1]}, {"params": pair[1:], "rule": other}]
+
+    handle, ordinary = OptimizerInBackward(groups(params), rule, {}), LearnedOptimizer(groups(twins), rule)
+    for step in range(3):
+        if step == 2:
+            handle.load_state_dict(handle.state_dict())
+        for pair in (params, twins):
+            torch.autograd.backward(torch.stack([param.square().sum() for param in pair]).sum())
+        ordinary.step()
+        ordinary.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+    assert not torch.equal(params[0], params[1])
+    assert repr(handle).count("sha256") == 2
 
 
 def test_distributed_data_parallel_is_refused(rule: CoordinatewiseLSTM, tmp_path: Any) -> None:

@@ -145,10 +145,10 @@ def precision_table(drifts: Sequence[Drift]) -> Table:
     """How far one rule's parameters drift under each form of storing the state."""
     *_, last = drifts[0].drift
     table = _table(
-        f"state precision: drift of the parameters by steps, rule {drifts[0].rule}",
-        caption="distance from the exact parameters over the way that those went; spread: over their\n"
-        f"spread, at the last step; exact: float64 arithmetic. Bounds at 300 steps: {FLOAT16_BOUND:g} for\n"
-        f"float16, {NARROW_BOUND:g} for fewer bits",
+        f"drift of the parameters by steps, rule {drifts[0].rule}",
+        caption="distance from the exact parameters over the way that those went; spread: over\n"
+        "their spread, at the last step; exact: float64 arithmetic\n"
+        f"bounds at 300 steps: {FLOAT16_BOUND:g} for float16, {NARROW_BOUND:g} for fewer bits",
     )
     for column in ("by", "state"):
         table.add_column(column, no_wrap=True)
