@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,22 @@ from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import LogAndSign, RuleSpec
 
 
-class Layout(NamedTuple):
-    """Whose packed layout a state has, where it lies, and of what rule it is."""
+class Layout:
+    """Whose packed layout a state has, where it lies, and of what rule it is.
 
-    backend: str
-    device: torch.device
-    spec: RuleSpec
+    Neither a tuple nor a dataclass, as frameworks walk through what optimizers keep: Lightning takes such containers
+    apart, and refuses frozen ones like the specification.
+    """
+
+    __slots__ = ("backend", "device", "spec")
+
+    def __init__(self, backend: str, device: torch.device, spec: RuleSpec) -> None:
+        self.backend = backend
+        self.device = device
+        self.spec = spec
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.backend, self.device, self.spec))
 
 
 class Runner(NamedTuple):
