@@ -249,7 +249,8 @@ def test_downloaded_once_serves_offline(
     assert_same(CoordinatewiseLSTM.from_hub("user/rule"), rule)
 
 
-def test_offline(rule: CoordinatewiseLSTM) -> None:
+def test_offline(rule: CoordinatewiseLSTM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts of huggingface_hub
     with pytest.raises(ConnectionError, match=r"user/rule can't be reached \(.*refused.*not been downloaded before"):
         CoordinatewiseLSTM.from_hub("user/rule")
     with pytest.raises(ConnectionError, match=r"user/rule can't be reached: .*refused"):
