@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from l2l_fast import rounding, safety
+from l2l_fast import rounding, safety, sharding
 from l2l_fast.options import Options
 from l2l_fast.prepared import Runner
 
@@ -28,6 +28,7 @@ class Batch:
 
     def add_as_copies(self, param: Tensor, grad: Tensor) -> None:
         """Take what a backend can't read in place."""
+        sharding.check_plain(param, grad)
         if grad.layout != torch.strided:
             raise TypeError(
                 f"LearnedOptimizer needs dense gradients, got layout {grad.layout} for a parameter of shape "

@@ -312,7 +312,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ):
                 entry = entries[param] = self._entry(own, grad, entry, batch.runner)
             batch.states.append(entry["lstm"])
-            if own.is_contiguous() and grad.is_contiguous() and grad.dtype is dtype and not grad.is_neg():
+            if (
+                type(grad) is Tensor
+                and own.is_contiguous()
+                and grad.is_contiguous()
+                and grad.dtype is dtype
+                and not grad.is_neg()
+            ):
                 batch.params.append(own)
                 batch.grads.append(grad)
             else:
@@ -322,11 +328,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _entry(self, param: Tensor, grad: Tensor, entry: dict[str, Any] | None, runner: Runner) -> dict[str, Any]:
         """The state of ``param`` as its runner takes it: a new one, or the one in ``entry``, repacked if need be."""
         backend, _, layout = runner
-        if sharding.is_sharded(grad):
-            raise TypeError(
-                f"a parameter of shape {tuple(param.shape)} is a plain tensor but its gradient is a DTensor; shard the "
-                "model before the optimizer is made, or set p.grad = p.grad.full_tensor()"
-            )
+        sharding.check_plain(param, grad)
         if grad.shape != param.shape or grad.device != param.device:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} on {param.device} has a gradient of shape "

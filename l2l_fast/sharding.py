@@ -72,6 +72,19 @@ def local_pair(param: DTensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return param.to_local(), _waited(grad.to_local())
 
 
+def check_plain(param: Tensor, grad: Tensor) -> None:
+    """Refuse a sharded gradient of a parameter that is not.
+
+    Raises:
+        TypeError: if ``grad`` is a ``DTensor``.
+    """
+    if is_sharded(grad):
+        raise TypeError(
+            f"a parameter of shape {tuple(param.shape)} is a plain tensor but its gradient is a DTensor; shard the "
+            "model before the optimizer is made, or set p.grad = p.grad.full_tensor()"
+        )
+
+
 def like_param(param: Tensor, state: Tensor) -> Tensor:
     """A state ``[*shape, 2, 2, H]`` of what this rank holds of ``param`` as the state of the whole, placed like it."""
     if not is_sharded(param):

@@ -498,6 +498,14 @@ def refusals() -> None:
     with pytest.raises(ValueError, match=r"parameter 0 is a DTensor but the parameter is not; .*full_tensor\(\)"):
         plain.load_state_dict(sharded.state_dict())
     assert not plain.state
+    # A step later too, when the parameter is known.
+    params_of(plain)[0].grad = torch.ones_like(tensor)
+    plain.step()
+    known = params_of(plain)[0].detach().clone()
+    params_of(plain)[0].grad = first.grad
+    with pytest.raises(TypeError, match="is a plain tensor but its gradient is a DTensor"):
+        plain.step()
+    assert torch.equal(params_of(plain)[0], known)
 
     otherwise = make_optimizer(placed([tensor, tensor], mesh, [Shard(1)]))
     with pytest.raises(ValueError, match=r"placements \(Shard\(dim=1\),\) on .* got \(Shard\(dim=0\),\) on"):
