@@ -35,7 +35,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from l2l_fast import LearnedOptimizer
+from l2l_fast import LearnedOptimizer, optimizer_in_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -224,6 +224,31 @@ def contents_of_params(optimizer: LearnedOptimizer) -> list[Tensor]:
 
 def test_training_with_fsdp(ranks: Ranks) -> None:
     on_all(ranks, train_as_one_process)
+
+
+def train_in_the_backward() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
+    models = [make_model() for _ in range(2)]
+    for model in models:
+        fully_shard(model, mesh=mesh)
+    handle = optimizer_in_backward(models[0], make_rule(seeded(1)), lr=0.5, weight_decay=0.1)
+    optimizer = make_optimizer(models[1].parameters())
+    for step in range(3):
+        for model in models:
+            loss_of(model, step, rank).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        for own, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert own.grad is None
+            assert torch.equal(_local(own), _local(other))
+    states = [entry["lstm"] for _, entry in sorted(handle.state_dict()["state"].items())]
+    for own, other in zip(states, states_of(optimizer), strict=True):
+        assert torch.equal(_local(own), _local(other))
+
+
+def test_update_in_the_backward_of_fsdp(ranks: Ranks) -> None:
+    on_all(ranks, train_in_the_backward)
 
 
 def train_with_ddp() -> None:
