@@ -243,8 +243,8 @@ def train_in_the_backward() -> None:
             assert own.grad is None
             assert torch.equal(_local(own), _local(other))
     states = [entry["lstm"] for _, entry in sorted(handle.state_dict()["state"].items())]
-    for own, other in zip(states, states_of(optimizer), strict=True):
-        assert torch.equal(_local(own), _local(other))
+    for state, twin in zip(states, states_of(optimizer), strict=True):
+        assert torch.equal(_local(state), _local(twin))
 
 
 def test_update_in_the_backward_of_fsdp(ranks: Ranks) -> None:
