@@ -27,8 +27,8 @@ SIZES = {name: sum(math.prod(shape) for shape in shapes) for name, shapes in MOD
 CASES = [
     (name, SIZES[name], dtype)
     for name in MODELS
-    for dtype in (torch.float32, torch.float16)
-    if 80 * dtype.itemsize * SIZES[name] <= LARGEST_STATE
+    for dtype in ("float32", "float16")
+    if 80 * getattr(torch, dtype).itemsize * SIZES[name] <= LARGEST_STATE
 ]
 FITTING = list(dict.fromkeys((name, n) for name, n, _ in CASES))
 
@@ -52,12 +52,10 @@ def _group(model: str, n: int) -> str:
 
 
 @pytest.mark.parametrize(("model", "n", "state_dtype"), CASES, ids=[f"{m}-{d}" for m, _, d in CASES])
-def test_learned(
-    benchmark: Any, rule: l2l_fast.CoordinatewiseLSTM, model: str, n: int, state_dtype: torch.dtype
-) -> None:
+def test_learned(benchmark: Any, rule: l2l_fast.CoordinatewiseLSTM, model: str, n: int, state_dtype: str) -> None:
     benchmark.group = _group(model, n)
     params = _parameters(model)
-    optimizer = l2l_fast.LearnedOptimizer(params, rule, backend="cpu", state_dtype=state_dtype)
+    optimizer = l2l_fast.LearnedOptimizer(params, rule, backend="cpu", state_dtype=getattr(torch, state_dtype))
     optimizer.step()
     for param in (params[0], params[-1]):
         assert param.grad is not None
@@ -71,8 +69,8 @@ def test_learned(
 
 
 OTHERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
-    "adamw-foreach": lambda params: torch.optim.AdamW(params, foreach=True),
-    "adamw-fused": lambda params: torch.optim.AdamW(params, fused=True),
+    "foreach": lambda params: torch.optim.AdamW(params, foreach=True),
+    "fused": lambda params: torch.optim.AdamW(params, fused=True),
 }
 
 
