@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -73,10 +74,14 @@ def test_python_memory_does_not_grow(generator: torch.Generator) -> None:
     try:
         for _ in range(100):  # caches fill
             optimizer.step()
+        gc.collect()
         before, _ = tracemalloc.get_traced_memory()
-        for _ in range(50):
+        for _ in range(500):
             optimizer.step()
+        gc.collect()
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert after - before < 500, "something stays behind every step"
+    # Python keeps freed objects for later, of whom some were made before and some are seen to be made; the smallest
+    # object that stays behind every step would take 28 bytes.
+    assert after - before < 500 * 20, "something stays behind every step"
