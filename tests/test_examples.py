@@ -1,4 +1,4 @@
-"""The examples and the migration guide run as they are written, and the loss falls."""
+"""The examples and the migration guide run as they are written; checkpoints of frameworks carry the optimizer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from resume_in_frameworks import FRAMEWORKS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,21 +25,33 @@ NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 GUIDE = ROOT / "docs" / "migration.md"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_example(name: str, tmp_path: Path) -> None:
-    """In another folder than the checkout, whose ``kernels`` transformers would take for the package of that name."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+def last_line(folder: Path, script: Path, *arguments: str) -> str:
+    """What ``script`` prints at the end, run outside the checkout.
+
+    In it transformers would take ``kernels`` for the package of that name.
+    """
     result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
-        cwd=tmp_path,
-        env=environment,
+        [sys.executable, str(script), *arguments],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    fell = re.fullmatch(r"the loss fell from (\S+) to (\S+) in 100 steps", result.stdout.strip().splitlines()[-1])
-    assert fell, result.stdout
+    return result.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_checkpoint_of_a_framework_resumes_to_the_bit(framework: str, tmp_path: Path) -> None:
+    assert last_line(tmp_path, ROOT / "tests" / "resume_in_frameworks.py", framework) == "0.0"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example(name: str, tmp_path: Path) -> None:
+    line = last_line(tmp_path, EXAMPLES / name)
+    fell = re.fullmatch(r"the loss fell from (\S+) to (\S+) in 100 steps", line)
+    assert fell, line
     before, after = map(float, fell.groups())
     assert after < before / 2
     assert not list(tmp_path.iterdir()), "an example leaves nothing behind"
