@@ -193,7 +193,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return module
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        read_options(group)
+        _refuse_sharded(group, read_options(group))
         if len(set(group["params"])) != len(group["params"]):
             raise ValueError("a parameter occurs twice in one parameter group; list it once")
         rule = self._sync_rules()[-1]
@@ -225,6 +225,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, and its state, in place.
 
+        A first step with a learning rate of 0 and gradients that are all 0 makes the states and counts for nothing:
+        so ``torch.distributed.checkpoint`` has an optimizer make them.
+
         Args:
             closure: evaluates the model again, calls ``backward`` and returns the loss.
 
@@ -248,15 +251,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         groups = zip(self.param_groups, self._sync_rules(), strict=True)
         for number, (group, rule) in enumerate(groups, start=self._first_group):
             options = read_options(group)
-            if options.limit is not None or options.rounding is not None:
-                sharding.refuse(group["params"], "max_update_norm and stochastic_rounding")
+            _refuse_sharded(group, options)
             found = self._gather(group["params"], partial(self._batch, number, rule, options), entries)
             if found:
                 batches += found
                 stepped.append(group)
         # Everything has been checked and nothing changed so far.
+        makes_states = not self.state and _makes_states(batches)
         for param, entry in entries.items():
             self.state[param].update(entry)
+        if makes_states:
+            return loss
         step_all(batches)
         for group in stepped:
             group["step"] += 1
@@ -418,20 +423,25 @@ class LearnedOptimizer(torch.optim.Optimizer):
             TypeError: if it is another dtype.
             ValueError: if a number of the state is too large for it; nothing has changed then.
         """
+        self._check_conversion(state_dtype)
+        for entry in self.state.values():
+            if "lstm" in entry:
+                layout: Layout = entry["layout"]
+                packed = get(layout.backend).pack_state(self._unpack(entry), state_dtype)
+                entry.update(lstm=packed, layout=copy.copy(layout), id=id(packed))
+        self._state_dtype = state_dtype
+
+    def _check_conversion(self, state_dtype: torch.dtype) -> None:
         _check_state_dtype(state_dtype)
-        held = [(param, entry) for param, entry in self.state.items() if "lstm" in entry]
-        for param, entry in held:
+        for param, entry in self.state.items():
+            if "lstm" not in entry:
+                continue
             state = self._unpack(entry)
             if (state.isfinite() & ~state.to(state_dtype).isfinite()).any():
                 raise ValueError(
                     f"the state of a parameter of shape {tuple(param.shape)} reaches {state.abs().max()}, too large "
                     f"for {state_dtype}; keep {self.state_dtype} or take torch.bfloat16"
                 )
-        for _, entry in held:
-            layout: Layout = entry["layout"]
-            packed = get(layout.backend).pack_state(self._unpack(entry), state_dtype)
-            entry.update(lstm=packed, layout=copy.copy(layout), id=id(packed))
-        self._state_dtype = state_dtype
 
     def state_dict(self) -> StateDict:
         """Groups and state as in ``torch.optim``; states ``[*param.shape, 2, 2, H]`` are copies.
@@ -524,6 +534,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     f"[{group.get('rule', 'none: by another optimizer')}], this optimizer runs [{runs}]; build it "
                     "with the rule of the checkpoint or start afresh"
                 )
+            missing = {"lr", "weight_decay"} - group.keys()
+            if missing:
+                raise ValueError(f"group {number} of the state dict lacks {', '.join(sorted(missing))}")
+            read_options({**OFF, **group})
         keys = chain.from_iterable(group["params"] for group in groups)
         params = [
             (param, rule) for group, rule in zip(self.param_groups, rules, strict=True) for param in group["params"]
@@ -574,6 +588,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     entry = self.state.get(param, {})
                     if "lstm" in entry:
                         entry.update(self._pack(param, entry["lstm"], rule))
+
+
+def _refuse_sharded(group: dict[str, Any], options: Options) -> None:
+    if options.limit is not None or options.rounding is not None:
+        sharding.refuse(group["params"], "max_update_norm and stochastic_rounding")
+
+
+def _makes_states(batches: list[Batch]) -> bool:
+    """Whether a first step has nothing to do but to make the states."""
+    if any(batch.options.backend["lr"] for batch in batches):
+        return False
+    return not any(bool(grad.any()) for batch in batches for grad in batch.grads)
 
 
 def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:

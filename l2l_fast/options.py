@@ -58,12 +58,12 @@ def read_options(group: dict[str, Any]) -> Options:
         {
             "lr": lr,
             "weight_decay": _nonnegative("weight_decay", group["weight_decay"]),
-            "maximize": group["maximize"],
-            "skip_nonfinite": group["skip_nonfinite"],
+            "maximize": _flag("maximize", group["maximize"]),
+            "skip_nonfinite": _flag("skip_nonfinite", group["skip_nonfinite"]),
         },
         None if group["max_update_norm"] is None else _limit(group["max_update_norm"]),
         group["update_norm"] == "global",
-        (seed, step) if group["stochastic_rounding"] else None,
+        (seed, step) if _flag("stochastic_rounding", group["stochastic_rounding"]) else None,
     )
 
 
@@ -82,6 +82,12 @@ def _nonnegative(name: str, value: Any) -> float:
     return number
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -91,8 +97,9 @@ def _count(name: str, value: Any) -> int:
 
 
 def _limit(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"max_update_norm must be a number or None, got {value!r}")
-    if not 0 < value < math.inf:
+    limit = float(value)
+    if not 0 < limit < math.inf:
         raise ValueError(f"max_update_norm must be finite and positive, got {value}; None sets no limit")
-    return float(value)
+    return limit

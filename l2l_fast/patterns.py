@@ -17,9 +17,14 @@ def groups_by_pattern(model: nn.Module, rules: Mapping[str, _T]) -> list[tuple[_
     """For every pattern its rule and the named parameters it is the first to match, in the order of ``rules``.
 
     Raises:
+        TypeError: if ``model`` is no module or ``rules`` no mapping of patterns.
         ValueError: if there are no patterns or no parameters, a pattern is left without a parameter, or a parameter
             is matched by none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"from_module takes a module, got {type(model).__name__}")
+    if not isinstance(rules, Mapping) or not all(isinstance(pattern, str) for pattern in rules):
+        raise TypeError(f"rules must map patterns on names to rules, such as {{'*': 'mnist'}}, got {rules!r}")
     if not rules:
         raise ValueError("rules names no pattern; {'*': rule} gives all parameters one rule")
     named = list(model.named_parameters())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
 from l2l_fast.optim import LearnedOptimizer
+from l2l_fast.options import OFF
 from l2l_fast.rule import CoordinatewiseLSTM, as_rule
 
 
@@ -43,11 +44,13 @@ class OptimizerInBackward(torch.optim.Optimizer):
             TypeError, ValueError, RuntimeError: as :class:`LearnedOptimizer` does.
         """
         whole = LearnedOptimizer([dict(param_group)], self.rule, **self._options).param_groups[0]
-        if whole["update_norm"] == "global" and whole["max_update_norm"] is not None:
-            raise ValueError(
-                "update_norm='global' limits all updates together, which here come one after the other; use "
-                "update_norm='tensor'"
-            )
+        _check_norm(whole)
+        for param in whole["params"]:
+            if not param.requires_grad:
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} requires no gradient, so no backward reaches it; leave "
+                    "it out"
+                )
         known = {param for group in self.param_groups for param in group["params"]}
         if not known.isdisjoint(whole["params"]):
             raise ValueError("some parameters appear in more than one parameter group")
@@ -78,10 +81,17 @@ class OptimizerInBackward(torch.optim.Optimizer):
                     f"the gradient of a parameter of shape {tuple(param.shape)} was taken before its update: another "
                     "hook frees it too. Call remove() of the first optimizer_in_backward before making a second"
                 )
-            optimizer._singles[index].step()
-            param.grad = None
+            optimizer._step_one(index)
 
         return update
+
+    def _step_one(self, index: int) -> None:
+        single = self._singles[index]
+        _check_norm(single.param_groups[0])
+        (param,) = single.param_groups[0]["params"]
+        single.step()
+        param.grad = None
+        self.state[param] = single.state[param]
 
     def _share_groups(self) -> None:
         """The groups here are those of the single optimizers, so that a change of an option reaches them."""
@@ -96,15 +106,38 @@ class OptimizerInBackward(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Nothing is left to do here, so that a training loop may stay as it is; a closure is evaluated.
+        """Update what still has a gradient, as one that was set by hand; after a backward that is nothing.
+
+        So a training loop may stay as it is, and ``torch.distributed.checkpoint`` can have the states made.
+
+        Args:
+            closure: evaluates the model again, calls ``backward`` and returns the loss.
 
         Returns:
             What ``closure`` returned.
         """
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            return closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._handles:
+            for index, single in enumerate(self._singles):
+                if any(param.grad is not None for param in single.param_groups[0]["params"]):
+                    self._step_one(index)
+        return loss
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """How states are stored between steps; :meth:`convert_state` changes it."""
+        return self._singles[0].state_dtype
+
+    def convert_state(self, state_dtype: torch.dtype) -> None:
+        """:meth:`LearnedOptimizer.convert_state` for every parameter."""
+        for single in self._singles:
+            single._check_conversion(state_dtype)
+        for single in self._singles:
+            single.convert_state(state_dtype)
+        self._options = {**self._options, "state_dtype": state_dtype}
 
     def remove(self) -> None:
         """Let ``backward()`` keep the gradients again and update nothing; the state stays to be saved."""
@@ -146,6 +179,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
             groups = [{"params": group["params"], "rule": group["rule"]} for group in self.param_groups]
             stateless = {key: {} if key == "state" else value for key, value in state_dict.items()}
             LearnedOptimizer([dict(group) for group in groups], self.rule, **self._options).load_state_dict(stateless)
+            for group in state_dict["param_groups"]:
+                _check_norm({**OFF, **group})
             for single, group in zip(groups, state_dict["param_groups"], strict=True):
                 (key,) = group["params"]
                 fresh = LearnedOptimizer([dict(single)], self.rule, **self._options)
@@ -158,6 +193,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
         def install(_: torch.optim.Optimizer) -> None:
             self._singles[:] = loaded
             self._share_groups()
+            for single in loaded:
+                self.state.update(single.state)
 
         handles = (
             self.register_load_state_dict_pre_hook(take),
@@ -173,6 +210,14 @@ class OptimizerInBackward(torch.optim.Optimizer):
         raise TypeError(
             "an optimizer in the backward can't be copied or pickled, as its hooks sit on the parameters; save its "
             "state_dict() and load it into optimizer_in_backward(copy_of_the_model, ...)"
+        )
+
+
+def _check_norm(group: dict[str, Any]) -> None:
+    if group["update_norm"] == "global" and group["max_update_norm"] is not None:
+        raise ValueError(
+            "update_norm='global' limits all updates together, which here come one after the other; use "
+            "update_norm='tensor'"
         )
 
 

@@ -150,12 +150,24 @@ def test_a_teacher_that_stands_still_teaches_nothing() -> None:
     assert all(grad.count_nonzero() == 0 for grad in torch.autograd.grad(run.loss, list(rule.parameters())))
 
 
+def test_a_teacher_that_diverges_is_no_model(tmp_path: Path) -> None:
+    wild = partial(torch.optim.SGD, lr=1e30)
+    run = imitate(make_rule(), Quadratic().sample(2, generator=seeded(1)), wild, STEPS)
+    assert run.loss.isnan()
+    with pytest.raises(FloatingPointError, match="none of 12 meta-updates could be made"):
+        MetaTrainer(make_rule(), Quadratic(), WHOLE, teacher=wild).fit()
+
+
 def test_bad_arguments() -> None:
     instances = Quadratic().sample(2, generator=seeded(1))
     with pytest.raises(TypeError, match="only a CoordinatewiseLSTM can imitate, got Linear"):
         imitate(torch.nn.Linear(1, 1), instances, ADAM)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"teacher must return a torch.optim.Optimizer, got list"):
         imitate(make_rule(), instances, lambda params: params)
+    with pytest.raises(TypeError, match="a teacher makes an optimizer when it is called, got 'adam'"):
+        imitate(make_rule(), instances, "adam")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a teacher can't decay weights"):
+        imitate(make_rule(), instances, partial(torch.optim.AdamW, lr=0.1))
     with pytest.raises(ValueError, match="steps must be a positive int, got 0"):
         imitate(make_rule(), instances, ADAM, 0)
     with pytest.raises(ValueError, match="coordinate_fraction must be above 0"):

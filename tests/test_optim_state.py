@@ -403,3 +403,48 @@ def test_distributed_checkpoint_of_another_rule(
     other_model, other = model_and_optimizer(make_rule(generator), generator)
     with pytest.raises(ValueError, match="was written with the rule"):
         dcp.set_optimizer_state_dict(other_model, other, saved, options=OPTIONS[name])
+
+
+def test_a_first_step_without_rate_and_gradients_makes_states_alone(generator: torch.Generator) -> None:
+    """So torch.distributed.checkpoint has states made; training goes on as if it had not."""
+    rule = make_rule(generator)
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    asked, plain = (LearnedOptimizer([param], rule, lr=0.1, warmup=3) for param in params)
+    params[0].grad = torch.zeros(3)
+    asked.param_groups[0]["lr"] = 0.0
+    asked.step()
+    asked.param_groups[0]["lr"] = 0.1
+    assert asked.state_dict()["state"][0]["lstm"].count_nonzero() == 0
+    assert asked.param_groups[0]["step"] == 0
+    for _ in range(3):
+        for param, optimizer in zip(params, (asked, plain), strict=True):
+            param.grad = torch.full((3,), 0.5)
+            optimizer.step()
+    assert torch.equal(*params)
+    # Later, or with gradients, a rate of 0 is a step like any other.
+    asked.param_groups[0]["lr"] = 0.0
+    asked.step()
+    assert asked.param_groups[0]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"step": "x"}, TypeError, "step must be an integer, got 'x'"),
+        ({"lr": None}, ValueError, "group 0 of the state dict lacks lr"),
+        ({"warmup": -1}, ValueError, "warmup must not be negative"),
+    ],
+)
+def test_broken_options_of_a_checkpoint_change_nothing(
+    generator: torch.Generator, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    optimizer = LearnedOptimizer([torch.ones(3, requires_grad=True)], make_rule(generator), lr=0.1)
+    saved = optimizer.state_dict()
+    for name, value in change.items():
+        saved["param_groups"][0][name] = value
+        if value is None:
+            del saved["param_groups"][0][name]
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["step"] == 0

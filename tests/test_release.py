@@ -467,3 +467,53 @@ def test_a_limit_for_all_updates_together_is_refused(rule: CoordinatewiseLSTM, m
     with pytest.raises(ValueError, match="limits all updates together, which here come one after the other"):
         optimizer_in_backward(model, rule, max_update_norm=1.0, update_norm="global")
     optimizer_in_backward(model, rule, max_update_norm=1.0).remove()
+
+
+def test_a_group_with_a_frozen_parameter_adds_nothing(rule: CoordinatewiseLSTM, model: Net) -> None:
+    handle = optimizer_in_backward(model, rule)
+    before = len(handle.param_groups)
+    other = nn.Linear(2, 2)
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    with pytest.raises(ValueError, match=r"of shape \(2,\) requires no gradient"):
+        handle.add_param_group({"params": [other.weight, frozen]})
+    assert len(handle.param_groups) == len(handle.state_dict()["param_groups"]) == before
+    torch.autograd.backward(other(torch.ones(1, 2)).sum())
+    assert other.weight.grad is not None
+
+
+def test_a_limit_for_all_updates_is_refused_later_too(rule: CoordinatewiseLSTM, model: Net) -> None:
+    handle = optimizer_in_backward(model, rule, max_update_norm=1.0)
+    saved = handle.state_dict()
+    saved["param_groups"][1]["update_norm"] = "global"
+    with pytest.raises(ValueError, match="limits all updates together"):
+        handle.load_state_dict(saved)
+    for group in handle.param_groups:
+        group["update_norm"] = "global"
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="limits all updates together"):
+        backward(model, 0)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+def test_state_is_converted_for_all(rule: CoordinatewiseLSTM, model: Net) -> None:
+    handle = optimizer_in_backward(model, rule)
+    train(model, range(2))
+    handle.convert_state(torch.float16)
+    assert handle.state_dtype == torch.float16
+    assert {entry["lstm"].dtype for entry in handle.state_dict()["state"].values()} == {torch.float16}
+    assert len(handle.state) == len(handle.state_dict()["state"])
+    train(model, range(2))
+    handle.load_state_dict(handle.state_dict())
+
+
+def test_step_updates_what_has_a_gradient_by_hand(rule: CoordinatewiseLSTM, model: Net) -> None:
+    handle = optimizer_in_backward(model, rule)
+    before = model.scale.detach().clone()
+    model.scale.grad = torch.ones(())
+    handle.step()
+    assert model.scale.grad is None
+    assert model.scale != before
+    handle.remove()
+    model.scale.grad = torch.ones(())
+    handle.step()
+    assert model.scale.grad is not None

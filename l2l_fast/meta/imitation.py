@@ -129,12 +129,19 @@ class _Lessons:
         self._layout = layout
         self._flat = torch.zeros(layout.n, dtype=layout.dtype, device=layout.device)
         self._params = [view.detach() for view in layout.views(self._flat).values()]
+        if not callable(teacher):
+            raise TypeError(
+                f"a teacher makes an optimizer when it is called, got {teacher!r}; for example "
+                "functools.partial(torch.optim.Adam, lr=0.03)"
+            )
         self._optimizer = teacher(self._params)
         if not isinstance(self._optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"a teacher must return a torch.optim.Optimizer, got {type(self._optimizer).__name__}; for example "
                 "functools.partial(torch.optim.Adam, lr=0.03)"
             )
+        if any(group.get("weight_decay") for group in self._optimizer.param_groups):
+            raise ValueError("a teacher can't decay weights, as it sees gradients alone; set its weight_decay to 0")
 
     @torch.no_grad()
     def give(self, grad: Tensor, out: Tensor) -> Tensor:
@@ -166,9 +173,13 @@ def _shares(layout: Layout) -> list[float]:
 
 
 def _factors(layout: Layout, taught: Tensor, counts: list[int]) -> Tensor:
-    """``[T, M]``, of each squared error in the loss; 0 where the teacher leaves a whole tensor as it is."""
+    """``[T, M]``, of each squared error in the loss; 0 where the teacher leaves a whole tensor as it is.
+
+    Where it leaves the finite numbers they are NaN, and with them the loss.
+    """
     squares = torch.stack([block.square().mean(1) for block in torch.split(taught, layout.sizes, 1)], 1)
     repeats = torch.tensor(counts, device=taught.device)
     shares = taught.new_tensor(_shares(layout)) / repeats
-    factors = torch.where(squares > 0, squares.reciprocal(), 0) * shares / len(taught)
+    factors = torch.where(squares == 0, 0, torch.where(squares.isfinite(), squares.reciprocal(), math.nan))
+    factors *= shares / len(taught)
     return factors.repeat_interleave(repeats, 1)
