@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from l2l_fast.cli.common import DataDir, ProblemName, Threads, make_problem, print_written, set_threads, use_data_dir
+from l2l_fast.cli.common import (
+    DataDir,
+    ProblemName,
+    Threads,
+    folder_name,
+    make_problem,
+    print_written,
+    set_threads,
+    use_data_dir,
+)
 from l2l_fast.experiments import recipes, tables, teacher_search
 from l2l_fast.experiments.output import prepare_folder
 from l2l_fast.experiments.progress import console
@@ -38,17 +47,22 @@ def reproduce(
 def tune_teacher(
     problem: ProblemName = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = teacher_search.TRIALS,
-    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for teacher.json.")] = Path("runs/teacher"),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for teacher.json.", show_default="runs/teacher-PROBLEM")
+    ] = None,
     data_dir: DataDir = None,
     threads: Threads = None,
 ) -> None:
-    """Find the settings of the hand-made optimizer that the recipes for networks imitate first."""
+    """Find the settings of the hand-made optimizer that the recipes for networks imitate first.
+
+    Interrupted, the same command carries on.
+    """
     set_threads(threads)
     use_data_dir(data_dir)
     if problem is None:
         raise ValueError("name the problem to tune the teacher for")
-    folder = prepare_folder(out)
+    folder = prepare_folder(Path("runs") / f"teacher-{folder_name(problem)}" if out is None else out)
     found = teacher_search.search_teacher(make_problem(problem), folder, trials=trials, seed=seed)
     console.print(tables.info_table({name: f"{value:.4g}" for name, value in asdict(found).items()}))
     print_written(folder / teacher_search.TEACHER)

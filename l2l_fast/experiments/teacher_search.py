@@ -17,9 +17,12 @@ from l2l_fast.baselines import descend, final_losses
 from l2l_fast.experiments.output import write_json
 from l2l_fast.experiments.progress import progress
 from l2l_fast.experiments.teacher import PowerMomentum
+from l2l_fast.meta.checkpoint import describe_problem
+from l2l_fast.meta.lock import hold
 from l2l_fast.problems import Evaluates, Problem
 
 TEACHER = "teacher.json"
+TRIALS_FILE = "teacher.db"
 TRIALS = 300
 RUNS = 12  # that a trial is judged by, the same ones for every trial
 
@@ -65,7 +68,11 @@ def search_teacher(
 ) -> PowerMomentum:
     """The best of ``trials`` settings, written to ``folder/teacher.json``.
 
-    Judged by ``log f(100) + 2 log mean f(0..100) + 0.3 log f(200)``, with losses averaged over runs.
+    Judged by ``log f(100) + 2 log mean f(0..100) + 0.3 log f(200)``, with losses averaged over runs. Trials are kept in
+    ``folder/teacher.db``, by problem, runs and seed, and are not made again.
+
+    Raises:
+        BlockingIOError: if another search is at work in the folder.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     generator = torch.Generator().manual_seed(SEARCH_SEED)
@@ -87,12 +94,20 @@ def search_teacher(
         return math.log(final) + _MEAN_WEIGHT * math.log(mean) + _LONGER_WEIGHT * math.log(last)
 
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=_STARTUP_TRIALS)
-    study = optuna.create_study(sampler=sampler)
-    study.enqueue_trial(_FIRST_TRIAL)
-    with progress("tuning a teacher", trials) as advance:
+    with hold(folder), progress("tuning a teacher", trials) as advance:
+        study = optuna.create_study(
+            sampler=sampler,
+            storage=f"sqlite:///{folder / TRIALS_FILE}",
+            study_name=f"{describe_problem(problem)} runs={runs} seed={seed}",
+            load_if_exists=True,
+        )
+        done = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
+        advance(done)
+        if not done:
+            study.enqueue_trial(_FIRST_TRIAL)
         study.optimize(
             lambda trial: judge(_suggest(trial)),
-            n_trials=trials,
+            n_trials=max(0, trials - done),
             callbacks=[lambda study, trial: advance(note=f"best {study.best_value:.3f}")],
         )
     found = _suggest(optuna.trial.FixedTrial(study.best_params))
