@@ -176,8 +176,6 @@ def interrupt_one(folder: Path, rank: int) -> None:
         if event.update == 7 and dist.get_rank() == rank:
             signal.raise_signal(signal.SIGINT)
 
-    # A shell that starts the tests in the background has them ignore Ctrl-C.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     config = replace(CONFIG, checkpoint_every=1000)
     MetaTrainer(make_rule(), DigitsProblem(), config, folder=folder).fit(on_update=on_update)
 
