@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any, overload
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
+from torch.utils.hooks import RemovableHandle
 
 from l2l_fast import sharding
 from l2l_fast.backends import get
@@ -464,11 +466,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             }
 
         # Ahead of the user's hooks, which see the public layout.
-        handle = self.register_state_dict_post_hook(publish, prepend=True)
-        try:
+        with for_one_call(self.register_state_dict_post_hook(publish, prepend=True)):
             return super().state_dict()
-        finally:
-            handle.remove()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take groups and state from a :meth:`state_dict`; the state keeps ``state_dtype``.
@@ -501,15 +500,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         # The base class would convert states to the dtype of their parameter, so they go around it: taken
         # out after the user's hooks have had their say, put in before the hooks that look at the result.
-        handles = (
+        with for_one_call(
             self.register_load_state_dict_pre_hook(take),
             self.register_load_state_dict_post_hook(install, prepend=True),
-        )
-        try:
+        ):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _checked_params(self, state_dict: StateDict) -> dict[Any, tuple[Tensor, PreparedRule]]:
         """Parameters and their rules by their key in ``state_dict``, after its groups have been checked."""
@@ -588,6 +583,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     entry = self.state.get(param, {})
                     if "lstm" in entry:
                         entry.update(self._pack(param, entry["lstm"], rule))
+
+
+@contextmanager
+def for_one_call(*hooks: RemovableHandle) -> Iterator[None]:
+    """Take hooks away again after the call that they were registered for."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _refuse_sharded(group: dict[str, Any], options: Options) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
-from l2l_fast.optim import LearnedOptimizer
+from l2l_fast.optim import LearnedOptimizer, for_one_call
 from l2l_fast.options import OFF
 from l2l_fast.rule import CoordinatewiseLSTM, as_rule
 
@@ -159,11 +159,8 @@ class OptimizerInBackward(torch.optim.Optimizer):
             }
 
         # Ahead of the user's hooks, as in LearnedOptimizer.
-        handle = self.register_state_dict_post_hook(fill, prepend=True)
-        try:
+        with for_one_call(self.register_state_dict_post_hook(fill, prepend=True)):
             return super().state_dict()
-        finally:
-            handle.remove()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take groups and state from a :meth:`state_dict`.
@@ -196,15 +193,11 @@ class OptimizerInBackward(torch.optim.Optimizer):
             for single in loaded:
                 self.state.update(single.state)
 
-        handles = (
+        with for_one_call(
             self.register_load_state_dict_pre_hook(take),
             self.register_load_state_dict_post_hook(install, prepend=True),
-        )
-        try:
+        ):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
