@@ -36,8 +36,9 @@ $(INSTALLED): $(VENV)/.requirements setup.py pyproject.toml $(CXX_SOURCES)
 demo: venv
 	$(BIN)/l2l-fast demo
 
+# By the file, for tests of one file share what is costly to make.
 test: venv
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: venv
 	$(BIN)/ruff format --check .
