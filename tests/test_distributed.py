@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks, start_ranks
-from test_trainer import SMALL, Digits, DigitsProblem, Stop, assert_same_training, contents, make_rule, stop_after
 from torch import Tensor
+from trainings import SMALL, Digits, DigitsProblem, Stop, assert_same_training, contents, make_rule, stop_after
 from typer.testing import CliRunner
 
 from l2l_fast.cli.app import app

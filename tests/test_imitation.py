@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import SMALL, DigitsProblem, Stop, assert_same_training, make_rule, stop_after
 from torch import Tensor
+from trainings import SMALL, DigitsProblem, Stop, assert_same_training, make_rule, stop_after
 
 from l2l_fast import CoordinatewiseLSTM, LogAndSign, unroll
 from l2l_fast.baselines import descend

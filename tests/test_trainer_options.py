@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import (
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from trainings import (
     SMALL,
     DigitsProblem,
     Square,
@@ -22,8 +24,6 @@ from test_trainer import (
     make_rule,
     stop_after,
 )
-from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from l2l_fast.meta import MetaTrainer, TrainConfig, TrainEvent, unroll
 from l2l_fast.problems import Quadratic

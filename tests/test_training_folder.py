@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import json
@@ -11,18 +12,76 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from test_trainer import SMALL, assert_same_training, contents, make_rule
+import torch
+from trainings import SMALL, assert_same_training, contents, make_rule
 
 from l2l_fast.meta import MetaTrainer, TrainEvent
 from l2l_fast.meta.folder import TrainingFolder
 from l2l_fast.meta.lock import LOCK, hold
+from l2l_fast.meta.log import LogRow
 from l2l_fast.problems import Quadratic
+from l2l_fast.rule import CoordinatewiseLSTM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_files(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    result = MetaTrainer(make_rule(), Quadratic(), SMALL, folder=folder).fit()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.safetensors",
+        "checkpoint.safetensors",
+        "log.csv",
+        "summary.json",
+    ]
+    best = CoordinatewiseLSTM.load(folder / "best.safetensors")
+    expected = result.best_rule.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in best.state_dict().items())
+    assert best.card["problem"] == "Quadratic(dim=10, variant='gaussian')"
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [field.name for field in fields(LogRow)]
+    assert [float(row["validation_loss"]) for row in rows] == [row.validation_loss for row in result.history]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best_validation_loss"] == result.best_validation_loss
+    assert summary["config"]["updates"] == SMALL.updates
+    assert summary["stopped"] == "updates"
+
+
+def test_a_used_folder_is_left_alone(tmp_path: Path) -> None:
+    MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path).fit()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=r"holds checkpoint.*resume=True.*another folder"):
+        MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path).fit()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_can_not_be_written_is_an_error_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    rule = make_rule()
+    before = [weight.clone() for weight in rule.parameters()]
+    started = time.perf_counter()
+    with pytest.raises(OSError, match="file"):
+        MetaTrainer(rule, Quadratic(), replace(SMALL, updates=10**6), folder=tmp_path / "file" / "run").fit()
+    assert time.perf_counter() - started < 10
+    assert all(torch.equal(*pair) for pair in zip(rule.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("refused", ["folder", "file"])
+def test_a_folder_that_can_not_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    target = "pathlib.Path.mkdir" if refused == "folder" else "tempfile.TemporaryFile"
+    monkeypatch.setattr(target, refuse)
+    with pytest.raises(OSError, match=r"can't write to the folder .*run: Permission denied; name another one"):
+        MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path / "run").fit()
 
 
 def test_a_held_folder_is_refused_and_named(tmp_path: Path) -> None:
@@ -117,13 +176,15 @@ def test_files_are_whole_or_as_they_were(tmp_path: Path, monkeypatch: pytest.Mon
 # Forked before PyTorch has computed anything, so that a process takes milliseconds to start.
 KILLS = """
 import csv, json, os, random, signal, sys, time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from safetensors import safe_open
-from test_trainer import SMALL, MetaTrainer, Quadratic, make_rule
+from trainings import SMALL, make_rule
+from l2l_fast.meta import MetaTrainer
+from l2l_fast.problems import Quadratic
 
 folder, config = Path({folder!r}), replace(SMALL, updates={updates}, validate_every=3)
 checkpoint = folder / "checkpoint.safetensors"
