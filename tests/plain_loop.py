@@ -38,6 +38,11 @@ def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         param.grad = None if grad is None else grad.clone()
 
 
+def states_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The states of a :class:`LearnedOptimizer`, in the order of its parameters."""
+    return [entry["lstm"] for _, entry in sorted(optimizer.state_dict()["state"].items())]
+
+
 class PlainLoop:
     """One parameter group: copies of its parameters, and a state ``[N, 2, 2, H]`` for each."""
 
