@@ -107,6 +107,7 @@ def test_import_is_light() -> None:
         "matplotlib",
         "optuna",
         "sklearn",
+        "tensorboard",
         "l2l_fast.cli",
     ]
     code = f"import sys, l2l_fast; print([name for name in {heavy} if name in sys.modules])"

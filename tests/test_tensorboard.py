@@ -1,40 +1,92 @@
-"""Meta-training in TensorBoard."""
+"""Meta-training in TensorBoard: curves read back from the event files, also over interruptions and in several ranks."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trainings import SMALL, make_rule
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import SMALL, Stop, make_rule
 
-from l2l_fast.meta import MetaTrainer
-from l2l_fast.meta.log import tensorboard
+from l2l_fast.meta import MetaTrainer, TrainEvent, TrainResult, tensorboard
 from l2l_fast.problems import Quadratic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+Curves = dict[str, list[tuple[int, float]]]
 
-def test_tensorboard_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+
+def curves_in(folder: Path) -> Curves:
+    """Steps and values, as TensorBoard shows them."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    names = events.Tags()["scalars"]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
+
+
+def fit(folder: Path, stop: int | None = None, resume: bool = False) -> TrainResult:
+    """Train with curves in ``folder/curves``, up to a crash after ``stop`` updates."""
+    write = tensorboard(folder / "curves")
+
+    def on_update(event: TrainEvent) -> None:
+        write(event)
+        if event.update == stop:
+            raise Stop
+
+    config = replace(SMALL, checkpoint_every=5)
+    return MetaTrainer(make_rule(), Quadratic(), config, folder=folder).fit(resume=resume, on_update=on_update)
+
+
+def test_curves(tmp_path: Path) -> None:
+    result = fit(tmp_path)
+    curves = curves_in(tmp_path / "curves")
+    assert list(curves) == ["meta/loss", "meta/grad_norm", "meta/lr", "meta/skipped", "meta/validation_loss"]
+    for name in ("meta/loss", "meta/grad_norm", "meta/lr", "meta/skipped"):
+        assert [step for step, _ in curves[name]] == list(range(1, SMALL.updates + 1))
+    steps, values = zip(*curves["meta/validation_loss"], strict=True)
+    assert steps == (5, 10, 12)  # that after the last update too
+    assert values == pytest.approx([row.validation_loss for row in result.history[1:]])
+
+
+@pytest.mark.parametrize("stop", [5, 9])
+def test_a_resumed_training_has_the_curves_of_an_uninterrupted_one(tmp_path: Path, stop: int) -> None:
+    """The updates after the checkpoint, which are made twice, are shown once."""
+    fit(tmp_path / "whole")
+    with pytest.raises(Stop):
+        fit(tmp_path / "cut", stop=stop)
+    before = curves_in(tmp_path / "cut" / "curves")
+    assert [step for step, _ in before["meta/loss"]] == list(range(1, stop + 1))  # nothing is left in a buffer
+    fit(tmp_path / "cut", resume=True)
+    assert curves_in(tmp_path / "cut" / "curves") == curves_in(tmp_path / "whole" / "curves")
+
+
+def test_finished_training_adds_nothing(tmp_path: Path) -> None:
+    fit(tmp_path)
+    files = list((tmp_path / "curves").iterdir())
+    fit(tmp_path, resume=True)
+    assert list((tmp_path / "curves").iterdir()) == files
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    event = TrainEvent(1, 9, float("nan"), float("inf"), 0.5, 1.0, 0, None, 1.0)
+    tensorboard(tmp_path)(event)
+    assert curves_in(tmp_path) == {"meta/lr": [(1, 0.5)], "meta/skipped": [(1, 0.0)]}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    write = tensorboard(tmp_path)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    write(TrainEvent(1, 9, 2.0, 1.0, 0.5, 1.0, 0, None, 1.0))
+    assert len(list(tmp_path.iterdir())) == (rank == 0)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="install the package tensorboard"):
+    with pytest.raises(ImportError, match="TensorBoard is not installed: pip install tensorboard"):
         tensorboard(tmp_path)
-
-    written: list[tuple[str, float, int]] = []
-
-    class SummaryWriter:
-        def __init__(self, folder: str) -> None:
-            assert folder == str(tmp_path)
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written.append((name, value, step))
-
-        def flush(self) -> None:
-            written.append(("flush", 0, 0))
-
-    module = type(sys)("tensorboard")
-    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    MetaTrainer(make_rule(), Quadratic(), SMALL).fit(on_update=tensorboard(tmp_path))
-    assert [step for name, _, step in written if name == "meta/loss"] == list(range(1, 13))
-    assert [step for name, _, step in written if name == "meta/validation_loss"] == [5, 10]

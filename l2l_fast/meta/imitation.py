@@ -11,9 +11,10 @@ import math
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2l_fast import autograd
+from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.fused import FusedUnroll
 from l2l_fast.meta.layout import Layout
 from l2l_fast.meta.unroll import Unroll
@@ -29,6 +30,26 @@ class Teacher(Protocol):
 
         Its steps must depend on gradients alone, so it can't decay weights: the values of ``params`` are 0.
         """
+
+
+def check_teaching(rule: nn.Module, config: TrainConfig) -> None:
+    """Make sure that training with a teacher has a meaning.
+
+    Raises:
+        TypeError: if the rule is not one that can learn from a teacher.
+        ValueError: if a setting has no meaning with a teacher.
+    """
+    if not isinstance(rule, CoordinatewiseLSTM):
+        raise TypeError(f"only a CoordinatewiseLSTM can learn from a teacher, got {type(rule).__name__}")
+    if config.truncation != config.horizon:
+        raise ValueError(
+            f"a teacher is imitated over whole runs; set truncation, which is {config.truncation}, to the horizon of "
+            f"{config.horizon}"
+        )
+    plain = TrainConfig()
+    for name in ("objective", "loss_power", "loss_weights", "second_derivatives"):
+        if getattr(config, name) != getattr(plain, name):
+            raise ValueError(f"{name} has no meaning with a teacher, whose steps are all that counts; leave it out")
 
 
 def imitate(

@@ -7,6 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from l2l_fast.meta.distributed import Team
+
 
 @dataclass(frozen=True)
 class TrainEvent:
@@ -63,21 +67,30 @@ class LogRow:
 def tensorboard(folder: str | os.PathLike[str]) -> Callable[[TrainEvent], None]:
     """A consumer of events for ``fit(on_update=...)`` that writes TensorBoard scalars to ``folder``.
 
+    A training that is resumed carries the curves in the folder on; points that came after its checkpoint are replaced.
+    Of several ranks only the first one writes.
+
     Raises:
         ImportError: if TensorBoard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("TensorBoard is not installed; install the package tensorboard, or leave it out") from error
-    writer = SummaryWriter(os.fspath(folder))
+        raise ImportError("TensorBoard is not installed: pip install tensorboard, or train without it") from error
+    writer: SummaryWriter | None = None
 
     def write(event: TrainEvent) -> None:
+        nonlocal writer
+        if not Team(torch.device("cpu")).leads:
+            return
+        if writer is None:
+            # Not before: only now it is known from where the curves go on.
+            writer = SummaryWriter(os.fspath(folder), purge_step=event.update)
         for name in ("loss", "grad_norm", "lr", "skipped", "validation_loss"):
             value = getattr(event, name)
             if value is not None and math.isfinite(value):
                 writer.add_scalar(f"meta/{name}", value, event.update)
-        if event.validation_loss is not None:
-            writer.flush()
+        # Each time, so that a process that is killed leaves no gap.
+        writer.flush()
 
     return write

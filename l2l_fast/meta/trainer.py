@@ -21,7 +21,7 @@ from l2l_fast.meta.checkpoint import Progress
 from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.distributed import Team, job, restarted
 from l2l_fast.meta.folder import TrainingFolder
-from l2l_fast.meta.imitation import Teacher
+from l2l_fast.meta.imitation import Teacher, check_teaching
 from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent
 from l2l_fast.meta.shard import Shard
@@ -107,7 +107,7 @@ class MetaTrainer:
         self.problem = problem
         self.config = config or TrainConfig()
         if teacher is not None:
-            _check_teaching(rule, self.config)
+            check_teaching(rule, self.config)
         self.folder = None if folder is None else Path(folder)
         self._weights = [weight for weight in rule.parameters() if weight.requires_grad]
         if not self._weights:
@@ -191,7 +191,8 @@ class MetaTrainer:
         self._begin_log()
         while (stopped := self._stopped(progress.seconds - before)) is None:
             lr, loss, grad_norm = self._update(before - begin)
-            validated = self._validate() if progress.updates % config.validate_every == 0 else None
+            due = progress.updates % config.validate_every == 0 or progress.updates == config.updates
+            validated = self._validate() if due else None
             if progress.updates % (config.checkpoint_every or config.validate_every) == 0:
                 self._save()
             event = self._event(lr, loss, grad_norm, validated)
@@ -205,8 +206,6 @@ class MetaTrainer:
             if received := int(self._team.greatest(report)):
                 self._save()
                 signals.deliver(received)
-        if progress.history[-1].update != progress.updates and stopped == "updates":
-            self._validate()
         self._save()
         return stopped
 
@@ -449,20 +448,6 @@ class MetaTrainer:
             **self._about,
         }
         self._files.write_summary(summary)
-
-
-def _check_teaching(rule: nn.Module, config: TrainConfig) -> None:
-    if not isinstance(rule, CoordinatewiseLSTM):
-        raise TypeError(f"only a CoordinatewiseLSTM can learn from a teacher, got {type(rule).__name__}")
-    if config.truncation != config.horizon:
-        raise ValueError(
-            f"a teacher is imitated over whole runs; set truncation, which is {config.truncation}, to the horizon of "
-            f"{config.horizon}"
-        )
-    plain = TrainConfig()
-    for name in ("objective", "loss_power", "loss_weights", "second_derivatives"):
-        if getattr(config, name) != getattr(plain, name):
-            raise ValueError(f"{name} has no meaning with a teacher, whose steps are all that counts; leave it out")
 
 
 def _copy_weights(rule: nn.Module) -> dict[str, Tensor]:
