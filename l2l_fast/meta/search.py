@@ -15,6 +15,7 @@ from torch import nn
 
 from l2l_fast.meta.checkpoint import describe
 from l2l_fast.meta.config import TrainConfig
+from l2l_fast.meta.imitation import Teacher
 from l2l_fast.meta.trials import best_validation_loss, in_processes
 from l2l_fast.problems import Problem
 
@@ -46,6 +47,7 @@ def search(
     config: TrainConfig,
     trials: int,
     *,
+    teacher: Teacher | None = None,
     low: float = 1e-3,
     high: float = 1e-1,
     seed: int = 0,
@@ -65,6 +67,7 @@ def search(
         make_rule: makes the untrained rule of a trial; the same one each time for a fair comparison.
         config: settings of each training; its ``lr`` is replaced.
         trials: trainings in all, those already in ``storage`` included.
+        teacher: of every trial, see :class:`MetaTrainer`.
         low, high: range of learning rates.
         seed: fixes which learning rates are tried.
         storage: optuna storage, such as ``"sqlite:///search.db"``, to keep trials in and to carry on from.
@@ -75,8 +78,8 @@ def search(
 
     Raises:
         ImportError: if optuna is not installed.
-        ValueError: if a number has no meaning, ``storage`` holds the trials of another search, or rule or problem
-            can't be pickled for another process.
+        ValueError: if a number has no meaning, ``storage`` holds the trials of another search, or rule, problem or
+            teacher can't be pickled for another process.
         RuntimeError: if the process of a trial ends without a result, by itself or killed three times.
 
     Source: Andrychowicz et al. 2016, section 3 (learning rate by random search).
@@ -93,7 +96,7 @@ def search(
     except ImportError as error:
         raise ImportError("the learning-rate search needs optuna; install l2l_fast[cli]") from error
     study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)
-    about = _about(make_rule(), problem, config, low, high, seed)
+    about = _about(describe(make_rule(), problem, config, teacher), low, high, seed)
     if study.user_attrs.setdefault("about", about) != about:
         raise ValueError(f"{storage} holds trials of another search: {study.user_attrs['about']}; use another storage")
     study.set_user_attr("about", about)
@@ -104,9 +107,9 @@ def search(
     rates = {number: _learning_rate(seed, number, low, high) for number in range(trials) if number not in done}
     configs = {number: replace(config, lr=lr) for number, lr in rates.items()}
     if jobs == 1:
-        losses = _one_by_one(make_rule, problem, configs)
+        losses = _one_by_one(make_rule, problem, configs, teacher)
     else:
-        losses = in_processes(make_rule, make_problem or partial(_itself, problem), configs, jobs)
+        losses = in_processes(make_rule, make_problem or partial(_itself, problem), configs, jobs, teacher)
     with closing(losses):
         for number, loss in losses:
             done[number] = Trial(rates[number], loss)
@@ -126,10 +129,13 @@ def search(
 
 
 def _one_by_one(
-    make_rule: Callable[[], nn.Module], problem: Problem, configs: Mapping[int, TrainConfig]
+    make_rule: Callable[[], nn.Module],
+    problem: Problem,
+    configs: Mapping[int, TrainConfig],
+    teacher: Teacher | None,
 ) -> Generator[tuple[int, float], None, None]:
     for number, config in configs.items():
-        yield number, best_validation_loss(make_rule(), problem, config)
+        yield number, best_validation_loss(make_rule(), problem, config, teacher)
 
 
 def _learning_rate(seed: int, number: int, low: float, high: float) -> float:
@@ -141,7 +147,6 @@ def _itself(problem: Problem) -> Problem:
     return problem
 
 
-def _about(rule: nn.Module, problem: Problem, config: TrainConfig, low: float, high: float, seed: int) -> str:
-    about: dict[str, Any] = describe(rule, problem, config)
-    del about["config"]["lr"]
-    return json.dumps({**about, "low": low, "high": high, "seed": seed})
+def _about(training: dict[str, Any], low: float, high: float, seed: int) -> str:
+    config = {name: value for name, value in training["config"].items() if name != "lr"}
+    return json.dumps({**training, "config": config, "low": low, "high": high, "seed": seed})

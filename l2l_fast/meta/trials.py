@@ -20,16 +20,19 @@ import torch
 from torch import nn
 
 from l2l_fast.meta.config import TrainConfig
+from l2l_fast.meta.imitation import Teacher
 from l2l_fast.meta.trainer import MetaTrainer
 from l2l_fast.problems import Problem
 
 ATTEMPTS = 3  # to make a trial whose process is killed
 
 
-def best_validation_loss(rule: nn.Module, problem: Problem, config: TrainConfig) -> float:
+def best_validation_loss(
+    rule: nn.Module, problem: Problem, config: TrainConfig, teacher: Teacher | None = None
+) -> float:
     """What training leads to; infinite if it breaks down."""
     try:
-        return MetaTrainer(rule, problem, config).fit().best_validation_loss
+        return MetaTrainer(rule, problem, config, teacher=teacher).fit().best_validation_loss
     except FloatingPointError:
         return math.inf
 
@@ -39,6 +42,7 @@ def in_processes(
     make_problem: Callable[[], Problem],
     configs: Mapping[int, TrainConfig],
     jobs: int,
+    teacher: Teacher | None = None,
 ) -> Generator[tuple[int, float], None, None]:
     """The best validation losses by number, as they come; ``jobs`` trainings at a time, on one thread each.
 
@@ -48,14 +52,15 @@ def in_processes(
     Args:
         make_rule: called here; what it returns travels pickled.
         make_problem: called in every process; travels pickled itself.
+        teacher: travels pickled.
 
     Raises:
-        ValueError: if rule or ``make_problem`` can't be pickled.
+        ValueError: if rule, ``make_problem`` or teacher can't be pickled.
         RuntimeError: if the process of a training ends without a result, by itself or killed three times.
         Exception: whatever a training raises.
     """
-    problem = _pickled("the problem", make_problem)
-    payloads = {number: (_pickled("the rule", make_rule()), problem, config) for number, config in configs.items()}
+    others = _pickled("the problem", make_problem), _pickled("the teacher", teacher)
+    payloads = {number: (config, _pickled("the rule", make_rule()), *others) for number, config in configs.items()}
     waiting = deque((number, 1) for number in configs)
     running: dict[Connection, _Running] = {}
     try:
@@ -130,12 +135,13 @@ class _Failure:
     traceback: str
 
 
-def _work(results: Connection, rule: bytes, make_problem: bytes, config: TrainConfig) -> None:
+def _work(results: Connection, config: TrainConfig, rule: bytes, make_problem: bytes, teacher: bytes) -> None:
     """Make one trial; all that runs in its process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
-        results.send(best_validation_loss(pickle.loads(rule), pickle.loads(make_problem)(), config))
+        problem = pickle.loads(make_problem)()
+        results.send(best_validation_loss(pickle.loads(rule), problem, config, pickle.loads(teacher)))
     except Exception as error:
         results.send(_Failure(_portable(error), traceback.format_exc()))
 
