@@ -150,12 +150,16 @@ def test_train_refuses_settings_before_it_makes_a_folder(tmp_path: Path, options
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unusable_backend_leaves_the_folder_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setenv("L2L_FAST_BACKEND", "cpu")
-        patch.setattr(get("cpu"), "unavailable", lambda *_: "it was not built")
-        assert "it was not built" in error_of("train", "quadratic", *SMALL, "--out", tmp_path)
-    assert run("train", "quadratic", *SMALL, "--out", tmp_path)[0] == 0
+@pytest.mark.parametrize("named_by", ["variable", "option"])
+def test_an_unusable_backend_is_refused_before_there_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named_by: str
+) -> None:
+    options = ["--backend", "cpu"] if named_by == "option" else []
+    if named_by == "variable":
+        monkeypatch.setenv("L2L_FAST_BACKEND", "cpu")
+    monkeypatch.setattr(get("cpu"), "unavailable", lambda *_: "it was not built")
+    assert "it was not built" in error_of("train", "quadratic", *SMALL, *options, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_says_when_the_rule_is_untrained(tmp_path: Path) -> None:
@@ -248,12 +252,12 @@ def test_evaluate_a_network(rule_file: Path, tmp_path: Path) -> None:
 
 
 def test_evaluate_several_rules_and_the_teacher(rule_file: Path, tmp_path: Path) -> None:
-    known = ["--rule", "digits", "--teacher", "--steps", "100", "--runs", "2"]
+    known = ["--rule", "digits", "--teacher", "shipped", "--steps", "100", "--runs", "2"]
     assert run("evaluate", "digits", "--rule", rule_file, *known, "--out", tmp_path / "out")[0] == 0
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert list(values["final_loss"])[:3] == [str(rule_file), "digits", "teacher"]
     assert values["final_loss"]["teacher"] < values["final_loss"]["nag"]
-    message = error_of("evaluate", "quadratic", "--rule", "quadratic", "--teacher")
+    message = error_of("evaluate", "quadratic", "--rule", "quadratic", "--teacher", "shipped")
     assert "no teacher was tuned for 'quadratic', only for 'mnist', 'digits'" in message
 
 
@@ -375,7 +379,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
 def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TrainConfig(updates=2, horizon=4, truncation=4, batch_size=2, validation_functions=4)
     tiny = Recipe("tiny", "quadratic", (Stage("train", whole),), "Good for nothing.", choose_scale=True)
-    monkeypatch.setattr(recipes, "recipe_for", lambda name: tiny)
+    monkeypatch.setattr(recipes, "recipe_for", lambda name, teacher: tiny)
     code, printed, _ = run("reproduce", "tiny", "--out", tmp_path / "out")
     assert code == 0
     assert "output_scale 0.09091" in printed

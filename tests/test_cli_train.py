@@ -30,13 +30,45 @@ def test_every_setting_has_an_option(tmp_path: Path) -> None:
         "--updates": "3", "--horizon": "6", "--truncation": "3", "--batch-size": "2", "--shards": "2",
         "--objective": "log", "--loss-power": "1.5", "--coordinate-fraction": "0.5", "--warmup": "2", "--clip": "3",
         "--clip-ratio": "4", "--average": "0.9", "--validate-every": "2", "--validation-functions": "5",
-        "--checkpoint-every": "1",
+        "--checkpoint-every": "1", "--validation-seed": "7", "--backend": "reference",
     }  # fmt: skip
     code, _, _ = run("train", "quadratic", *(text for pair in options.items() for text in pair), "--out", tmp_path)
     assert code == 0
     expected = {name[2:].replace("-", "_"): value for name, value in options.items()}
     found = config_of(tmp_path)
     assert {name: str(found[name]) for name in expected} == expected | {"clip": "3.0", "clip_ratio": "4.0"}
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("0:6,1", [0.0] * 6 + [1.0]),
+        ("1,2,3,4,5,6,7.5", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.5]),
+        ("-1,0.5:6", [-1.0] + [0.5] * 6),
+    ],
+)
+def test_loss_weights(tmp_path: Path, text: str, weights: list[float]) -> None:
+    options = ["--updates", "1", "--horizon", "6", "--truncation", "3", "--batch-size", "2", *VALIDATION]
+    assert run("train", "quadratic", *options, "--loss-weights", text, "--out", tmp_path)[0] == 0
+    assert config_of(tmp_path)["loss_weights"] == weights
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["1:100"], "must list 101 weights, one for each point of the 100 steps of a run, the start and the end incl"),
+        (["1:999999999999"], "got 999999999999 in '1:999999999999'"),
+        (["1:101", "--loss-power", "2"], "loss_weights and loss_power are two ways to say the same"),
+        (["1:100,inf"], "loss_weights must be finite"),
+        (["1:100,x"], "such as 0:100,1; got '1:100,x': could not convert string to float: 'x'"),
+        (["1:100,"], "got '1:100,': could not convert string to float: ''"),
+        (["1:"], "got '1:': invalid literal for int()"),
+        (["1:102,2:-1"], "a count must be at least 1, not -1"),
+    ],
+)
+def test_bad_loss_weights(tmp_path: Path, options: list[str], message: str) -> None:
+    assert message in error_of("train", "quadratic", "--out", tmp_path / "out", "--loss-weights", *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_clipping_and_no_truncation(tmp_path: Path) -> None:
@@ -60,6 +92,9 @@ def test_no_clipping_and_no_truncation(tmp_path: Path) -> None:
         (["--truncation", "0"], "truncation must be at least 1, got 0"),
         (["--final-lr-fraction", "2"], "final_lr_fraction must be at most 1, got 2.0"),
         (["--patience", "0"], "patience must be at least 1, got 0"),
+        (["--validation-seed", "0"], "seed and validation_seed are both 0"),
+        (["--backend", "gpu"], "unknown backend 'gpu'; known backends: 'cpu', 'triton', 'reference'"),
+        (["--backend", "cpu", "--hidden-size", "5"], "backend='cpu' can't be used: "),
         (["--p", "5"], "--p belongs to the log preprocessing"),
         (["--init-from", "cubic"], "unknown rule 'cubic'"),
         (["--init-from", "quadratic", "--p", "7"], "has settings of its own; leave out --p"),

@@ -14,7 +14,7 @@ from optuna.trial import FixedTrial
 
 from l2l_fast import CoordinatewiseLSTM
 from l2l_fast.baselines import descend
-from l2l_fast.experiments import recipes, teacher_search
+from l2l_fast.experiments import recipes, teacher_search, teachers
 from l2l_fast.experiments.recipes import RULE, Recipe, Stage, recipe_for, reproduce
 from l2l_fast.experiments.teacher import PowerMomentum, Relay
 from l2l_fast.meta import MetaTrainer, TrainConfig
@@ -175,6 +175,6 @@ def test_settings_that_diverge_are_passed_over(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", ["mnist", "digits"])
 def test_shipped_teachers_are_sound(name: str) -> None:
-    teacher = teacher_search.shipped_teacher(name)
+    teacher = teachers.shipped_teacher(name)
     assert all(math.isfinite(value) for value in asdict(teacher).values())
     assert 0 < teacher.factor(200) < teacher.factor(0)

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cli import error_of, run
 from trainings import SMALL, Stop, make_rule
 
 from l2l_fast.meta import MetaTrainer, TrainEvent, TrainResult, tensorboard
 from l2l_fast.problems import Quadratic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+COMMAND = ["train", "quadratic", "--updates", "6", "--batch-size", "2", "--horizon", "4", "--truncation", "2",
+           "--validation-functions", "4", "--validate-every", "2"]  # fmt: skip
 
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -86,7 +90,23 @@ def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(list(tmp_path.iterdir())) == (rank == 0)
 
 
+def test_the_command_draws_curves_and_carries_them_on(tmp_path: Path) -> None:
+    assert run(*COMMAND, "--tensorboard", "--out", tmp_path / "whole")[0] == 0
+    cut = [*COMMAND, "--tensorboard", "--out", str(tmp_path / "cut")]
+    assert run(*cut, "--max-seconds", "1e-9")[0] == 0
+    assert run(*cut, "--resume")[0] == 0
+    curves = curves_in(tmp_path / "whole" / "tensorboard")
+    assert [step for step, _ in curves["meta/validation_loss"]] == [2, 4, 6]
+    assert curves_in(tmp_path / "cut" / "tensorboard") == curves
+    assert run(*COMMAND, "--out", tmp_path / "without")[0] == 0
+    assert not (tmp_path / "without" / "tensorboard").exists()
+
+
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="TensorBoard is not installed: pip install tensorboard"):
         tensorboard(tmp_path)
+    message = error_of(*COMMAND, "--tensorboard", "--out", tmp_path / "out")
+    assert "TensorBoard is not installed: pip install tensorboard, or train without it" in message
+    assert not (tmp_path / "out").exists()
+    assert run(*COMMAND, "--out", tmp_path / "out")[0] == 0

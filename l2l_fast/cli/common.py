@@ -11,8 +11,10 @@ import torch
 import typer
 from rich.markup import escape
 
+from l2l_fast.baselines import BASELINES
 from l2l_fast.datasets import FOLDER_VARIABLE
 from l2l_fast.experiments.progress import console
+from l2l_fast.experiments.teachers import SHIPPED
 from l2l_fast.problems import PROBLEMS, Problem, load_problem, parse_settings
 
 ProblemName = Annotated[
@@ -28,6 +30,7 @@ Settings = Annotated[
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder of the data sets.", show_default="$L2L_FAST_DATA, or the user's cache")
 ]
+TEACHER_FORMS = f"{SHIPPED}, a file of tune-teacher, or {', '.join(BASELINES)} with a learning rate: adam:0.01"
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute on; torch's choice by default.")]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from l2l_fast.cli.common import (
+    TEACHER_FORMS,
     DataDir,
     ProblemFile,
     ProblemName,
@@ -24,7 +25,7 @@ from l2l_fast.experiments.evaluate import Evaluation, evaluate_rules
 from l2l_fast.experiments.machine import machine
 from l2l_fast.experiments.output import prepare_folder, write_json
 from l2l_fast.experiments.progress import console
-from l2l_fast.experiments.teacher_search import shipped_teacher
+from l2l_fast.experiments.teachers import choose_teacher
 from l2l_fast.experiments.tuning import STEPS
 from l2l_fast.meta import Teacher
 from l2l_fast.rule import CoordinatewiseLSTM, as_rule, available_rules
@@ -47,8 +48,8 @@ def evaluate(
     runs: Runs = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of every run.")] = STEPS,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Also the hand-made optimizer that the shipped rule imitated at first.")
-    ] = False,
+        str | None, typer.Option(metavar="TEACHER", help=f"Also an optimizer to imitate: {TEACHER_FORMS}.")
+    ] = None,
     retune: Retune = False,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and curves.png.")] = None,
     data_dir: DataDir = None,
@@ -60,8 +61,8 @@ def evaluate(
     name = chosen_problem(problem, problem_file)
     known_problem = make_problem(name, settings)
     rules = _contenders(rule)
-    if teacher:
-        rules["teacher"] = shipped_teacher(name)
+    if teacher is not None:
+        rules["teacher"] = choose_teacher(teacher, name)
     folder = None if out is None else prepare_folder(out)
     title = " ".join([name, *(settings or ())])
     result = evaluate_rules(known_problem, rules, name=title, steps=steps, functions=runs, cache=folder, retune=retune)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from l2l_fast.cli.common import (
+    TEACHER_FORMS,
     DataDir,
     ProblemName,
     Threads,
@@ -21,11 +22,15 @@ from l2l_fast.cli.common import (
 from l2l_fast.experiments import recipes, tables, teacher_search
 from l2l_fast.experiments.output import prepare_folder
 from l2l_fast.experiments.progress import console
+from l2l_fast.experiments.teachers import SHIPPED
 
 
 def reproduce(
     rule: Annotated[str, typer.Argument(metavar="RULE", help="A shipped rule: quadratic, mnist or digits.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, functions and minibatches.")] = 1,
+    teacher: Annotated[
+        str, typer.Option(metavar="TEACHER", help=f"What a network's rule imitates first: {TEACHER_FORMS}.")
+    ] = SHIPPED,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the stages.", show_default="runs/reproduce-RULE-SEED")
     ] = None,
@@ -35,7 +40,7 @@ def reproduce(
     """Train a shipped rule again, all stages of its recipe. Interrupted, the same command carries on."""
     set_threads(threads)
     use_data_dir(data_dir)
-    recipe = recipes.recipe_for(rule)
+    recipe = recipes.recipe_for(rule, teacher)
     folder = prepare_folder(Path("runs") / f"reproduce-{rule}-{seed}" if out is None else out)
     trained = recipes.reproduce(recipe, seed, folder)
     losses = trained.card["validation_loss_by_output_scale"]

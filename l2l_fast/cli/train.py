@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.markup import escape
 
+from l2l_fast.backends import NAMES
 from l2l_fast.cli.common import (
+    TEACHER_FORMS,
     DataDir,
     ProblemFile,
     ProblemName,
@@ -25,22 +26,26 @@ from l2l_fast.cli.common import (
     set_threads,
     use_data_dir,
 )
+from l2l_fast.cli.train_settings import (
+    DeviceName,
+    PreprocessName,
+    check_usable,
+    chosen_truncation,
+    initial_rule,
+    parse_loss_weights,
+    usable_device,
+)
 from l2l_fast.experiments import tables, training
 from l2l_fast.experiments.output import prepare_folder
 from l2l_fast.experiments.progress import console, errors
+from l2l_fast.experiments.teachers import choose_teacher
 from l2l_fast.meta import MetaTrainer, TrainConfig, TrainResult
 from l2l_fast.meta import diagnose as diagnose_rule
+from l2l_fast.meta import tensorboard as write_tensorboard
 from l2l_fast.meta.distributed import Team, launched, process_group, restarted
 from l2l_fast.meta.folder import BEST, CHECKPOINT
-from l2l_fast.rule import CoordinatewiseLSTM, as_rule
+from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import LogAndSign, RuleSpec
-
-
-class _Preprocess(str, Enum):
-    """What becomes of a gradient before it enters the rule."""
-
-    LOG = "log"
-    NONE = "none"
 
 
 class _Objective(str, Enum):
@@ -50,12 +55,7 @@ class _Objective(str, Enum):
     LOG = "log"
 
 
-class _Device(str, Enum):
-    """Where to train."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
+TENSORBOARD = "tensorboard"
 
 _RULE, _RUN, _META, _VALIDATION = "Rule", "Run", "Meta-optimizer", "Validation and files"
 
@@ -69,7 +69,7 @@ def train(
         typer.Option(metavar="RULE", help="Start from a shipped rule or a rule file.", rich_help_panel=_RULE),
     ] = None,
     preprocess: Annotated[
-        _Preprocess | None,
+        PreprocessName | None,
         typer.Option(
             help="What becomes of a gradient: log and sign, or nothing.",
             show_default="log; none for quadratic",
@@ -99,7 +99,7 @@ def train(
         int | None,
         typer.Option(
             help="Steps of a segment, each of which gives an update; 20 in the paper.",
-            show_default=str(TrainConfig.truncation),
+            show_default=f"{TrainConfig.truncation}; whole runs with --teacher",
             rich_help_panel=_RUN,
         ),
     ] = None,
@@ -116,12 +116,29 @@ def train(
             help="Batches of them that an update averages; the processes of torchrun share them.", rich_help_panel=_RUN
         ),
     ] = TrainConfig.shards,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEACHER",
+            help=f"Learn to take the steps of an optimizer, as a warm start: {TEACHER_FORMS}.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     objective: Annotated[
         _Objective, typer.Option(help="Train on losses or on their logarithms.", rich_help_panel=_RUN)
     ] = _Objective.LOSS,
     loss_power: Annotated[
         float, typer.Option(help="Weigh step t of T by (t/T) to this power.", rich_help_panel=_RUN)
     ] = TrainConfig.loss_power,
+    loss_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W[:COUNT],...",
+            help="Weights of the points of a run, its start and end included: 0:100,1 is the last of 101 alone.",
+            show_default="1 for each",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     second_derivatives: Annotated[
         bool,
         typer.Option("--second-derivatives", help="Differentiate through the gradients as well.", rich_help_panel=_RUN),
@@ -185,6 +202,9 @@ def train(
             rich_help_panel=_VALIDATION,
         ),
     ] = None,
+    validation_seed: Annotated[
+        int, typer.Option(help="Seed of the functions to validate on.", rich_help_panel=_VALIDATION)
+    ] = TrainConfig.validation_seed,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
@@ -204,6 +224,14 @@ def train(
     max_seconds: Annotated[
         float | None, typer.Option(help="Stop after so many seconds.", rich_help_panel=_VALIDATION)
     ] = None,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help=f"Draw curves for TensorBoard in the folder's {TENSORBOARD}.",
+            rich_help_panel=_VALIDATION,
+        ),
+    ] = False,
     diagnose: Annotated[
         bool,
         typer.Option(
@@ -213,7 +241,13 @@ def train(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the rule and of the functions trained on.")] = TrainConfig.seed,
-    device: Annotated[_Device, typer.Option(help="Where to train.")] = _Device.CPU,
+    device: Annotated[DeviceName, typer.Option(help="Where to train.")] = DeviceName.CPU,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"[{'|'.join(NAMES)}]", help="What computes the rule.", show_default="the fastest that works"
+        ),
+    ] = None,
     data_dir: DataDir = None,
     threads: Threads = None,
 ) -> None:
@@ -228,7 +262,7 @@ def train(
     config = TrainConfig(
         updates=updates,
         horizon=horizon,
-        truncation=horizon if untruncated else TrainConfig.truncation if truncation is None else truncation,
+        truncation=chosen_truncation(truncation, horizon, whole_runs=untruncated or teacher is not None),
         batch_size=batch_size,
         shards=shards,
         lr=lr,
@@ -241,31 +275,37 @@ def train(
         second_derivatives=second_derivatives,
         slope_floor=slope_floor,
         coordinate_fraction=coordinate_fraction,
+        loss_weights=None if loss_weights is None else parse_loss_weights(loss_weights, horizon),
         loss_power=loss_power,
         validate_every=validate_every,
         patience=patience,
         validation_functions=validation_functions,
+        validation_seed=validation_seed,
         checkpoint_every=checkpoint_every,
         seed=seed,
         max_seconds=max_seconds,
+        backend=backend,
     )
     if search is not None and launched():
         raise ValueError(
             "--search makes trials in processes of its own (--jobs), not in those of torchrun; search first, then "
             "train with the --lr that was found"
         )
-    place = _usable(device)
+    place = usable_device(device)
     name = chosen_problem(problem, problem_file)
     known_problem = make_problem(name, settings)
+    known_teacher = None if teacher is None else choose_teacher(teacher, name)
 
     if preprocess is None and init_from is None:
-        preprocess = _Preprocess.NONE if name == "quadratic" else _Preprocess.LOG
+        preprocess = PreprocessName.NONE if name == "quadratic" else PreprocessName.LOG
 
     def make_rule() -> CoordinatewiseLSTM:
-        return _initial_rule(init_from, preprocess, p, output_scale, hidden_size, seed).to(place)
+        return initial_rule(init_from, preprocess, p, output_scale, hidden_size, seed).to(place)
 
-    make_rule()  # refuses what has no meaning before there is a folder
-    folder = prepare_folder(Path("runs") / folder_name(name) if out is None else out)
+    check_usable(make_rule(), config, known_teacher)  # before there is a folder
+    path = Path("runs") / folder_name(name) if out is None else out
+    write_curves = write_tensorboard(path / TENSORBOARD) if tensorboard else None
+    folder = prepare_folder(path)
     with process_group(place) as place:
         team = Team(place)
         console.quiet = not team.leads
@@ -274,11 +314,14 @@ def train(
         try:
             if search is not None:
                 remake = partial(make_problem, name, settings)
-                found = training.search_lr(known_problem, make_rule, config, folder, search, jobs, remake)
+                found = training.search_lr(
+                    known_problem, make_rule, config, folder, search, jobs, remake, teacher=known_teacher
+                )
                 console.print(tables.search_table(found))
                 config = replace(config, lr=found.best_lr)
                 resume = resume and (folder / CHECKPOINT).exists()
-            result = training.fit(MetaTrainer(make_rule(), known_problem, config, folder=folder), resume=resume)
+            trainer = MetaTrainer(make_rule(), known_problem, config, teacher=known_teacher, folder=folder)
+            result = training.fit(trainer, resume=resume, on_update=write_curves)
         except KeyboardInterrupt:
             if team.leads:
                 errors.print(f"\ninterrupted; {escape(_what_is_left(folder))}", highlight=False, soft_wrap=True)
@@ -302,46 +345,6 @@ def train(
         )
         console.print(tables.diagnosis_table(diagnosis))
     print_written(folder / BEST)
-
-
-def _usable(device: _Device) -> torch.device:
-    """``device``, if there is one.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if device is _Device.CUDA and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device that PyTorch can use here; --device cpu always works")
-    return torch.device(device.value)
-
-
-def _initial_rule(
-    init_from: str | None,
-    preprocess: _Preprocess | None,
-    p: float | None,
-    output_scale: float | None,
-    hidden_size: int | None,
-    seed: int,
-) -> CoordinatewiseLSTM:
-    """The rule that training starts from: that of ``init_from``, or a fresh one.
-
-    Raises:
-        ValueError: if there is no such rule, or options say again, or otherwise, what it is made of.
-    """
-    if init_from is not None:
-        options = {"preprocess": preprocess, "p": p, "output-scale": output_scale, "hidden-size": hidden_size}
-        given = [f"--{name}" for name, value in options.items() if value is not None]
-        if given:
-            raise ValueError(f"the rule of --init-from has settings of its own; leave out {' and '.join(given)}")
-        return as_rule(init_from)
-    if p is not None and preprocess is not _Preprocess.LOG:
-        raise ValueError("--p belongs to the log preprocessing; add --preprocess log, or leave it out")
-    torch.manual_seed(seed)
-    return CoordinatewiseLSTM(
-        RuleSpec.hidden_size if hidden_size is None else hidden_size,
-        LogAndSign(LogAndSign.p if p is None else p) if preprocess is _Preprocess.LOG else None,
-        RuleSpec.output_scale if output_scale is None else output_scale,
-    )
 
 
 def _report(result: TrainResult, config: TrainConfig, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from l2l_fast.experiments.progress import progress
-from l2l_fast.experiments.teacher import PowerMomentum, Relay
-from l2l_fast.experiments.teacher_search import shipped_teacher
+from l2l_fast.experiments.teacher import Relay
+from l2l_fast.experiments.teachers import SHIPPED, choose_teacher
 from l2l_fast.experiments.training import fit
 from l2l_fast.meta import MetaTrainer, Teacher, TrainConfig
 from l2l_fast.meta.folder import CHECKPOINT
@@ -44,7 +45,7 @@ class Stage:
     name: str
     config: TrainConfig
     start: str | None = None
-    teacher: PowerMomentum | None = None
+    teacher: Teacher | None = None
     leader: tuple[str, int] | None = None
 
 
@@ -59,6 +60,7 @@ class Recipe:
         limits: what is known not to work, for the card.
         preprocess: of the rule.
         choose_scale: whether validation chooses ``output_scale`` at the end, see :func:`choose_scale`.
+        options: what the command has for it besides the name and a seed.
     """
 
     name: str
@@ -67,11 +69,11 @@ class Recipe:
     limits: str
     preprocess: Callable[[], Preprocess] = LogAndSign
     choose_scale: bool = False
+    options: tuple[str, ...] = ()
 
 
-def _network_stages(problem: str) -> tuple[Stage, ...]:
+def _network_stages(teacher: Teacher) -> tuple[Stage, ...]:
     """Learn from a tuned optimizer, then to be faster than it at first, then to be both, at length."""
-    teacher = shipped_teacher(problem)
     whole = TrainConfig(
         horizon=100,
         truncation=100,
@@ -106,17 +108,25 @@ def _network_stages(problem: str) -> tuple[Stage, ...]:
     )
 
 
-def recipe_for(rule: str) -> Recipe:
+def recipe_for(rule: str, teacher: str = SHIPPED) -> Recipe:
     """The recipe of a shipped rule.
 
+    Args:
+        teacher: one in place of the shipped teacher, see :func:`choose_teacher`.
+
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is no recipe of that name, it has no teacher to replace, or there is no such teacher.
+        OSError: if the teacher's file can't be read.
     """
     if rule == "quadratic":
+        if teacher != SHIPPED:
+            raise ValueError("the recipe of 'quadratic' imitates no teacher; leave out --teacher")
         config = TrainConfig(updates=12000, second_derivatives=True)
         return Recipe(rule, rule, (Stage("train", config),), _QUADRATIC_LIMITS, Identity)
     if rule in _NETWORK_LIMITS:
-        return Recipe(rule, rule, _network_stages(rule), _NETWORK_LIMITS[rule], choose_scale=True)
+        stages = _network_stages(choose_teacher(teacher, rule))
+        options = () if teacher == SHIPPED else ("--teacher", teacher)
+        return Recipe(rule, rule, stages, _NETWORK_LIMITS[rule], choose_scale=True, options=options)
     raise ValueError(f"there is no recipe for {rule!r}, only for 'quadratic', {', '.join(map(repr, _NETWORK_LIMITS))}")
 
 
@@ -161,7 +171,7 @@ def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
         chosen, losses = choose_scale(chosen, problem, config)
     chosen.card = {
         "name": recipe.name,
-        "command": f"l2l-fast reproduce {recipe.name} --seed {seed}",
+        "command": shlex.join(["l2l-fast", "reproduce", recipe.name, *recipe.options, "--seed", str(seed)]),
         "problem": history[-1]["problem"],
         "stages": history,
         "validation_loss_by_output_scale": losses,

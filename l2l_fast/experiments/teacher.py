@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from l2l_fast.meta import Teacher
 from l2l_fast.optim import LearnedOptimizer
 from l2l_fast.rule import CoordinatewiseLSTM
 
@@ -34,6 +35,9 @@ class PowerMomentum:
         decay, decay_time: how fast steps grow shorter.
         settled: to which fraction of that they fall towards the end,
         settle_at, settle_width: around which step, and over how many.
+
+    Raises:
+        TypeError, ValueError: if a setting has no meaning.
     """
 
     lr: float
@@ -46,6 +50,19 @@ class PowerMomentum:
     settled: float = 1.0
     settle_at: float = 0.0
     settle_width: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        for name in ("lr", "decay_time", "settle_width"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("momentum", "memory"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
 
     def __call__(self, params: list[Tensor], /) -> torch.optim.Optimizer:
         """An optimizer of ``params``."""
@@ -70,7 +87,7 @@ class Relay:
 
     rule: CoordinatewiseLSTM = field(repr=False)
     steps: int
-    then: PowerMomentum
+    then: Teacher
 
     def __call__(self, params: list[Tensor], /) -> torch.optim.Optimizer:
         """An optimizer of ``params``."""

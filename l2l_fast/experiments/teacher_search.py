@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
 import optuna
@@ -47,20 +45,6 @@ _FIRST_TRIAL = {
     "settle_at": 85.0,
     "settle_width": 8.0,
 }
-
-_SHIPPED = files("l2l_fast.experiments") / "teachers.json"
-
-
-def shipped_teacher(problem: str) -> PowerMomentum:
-    """The teacher for the problem called ``problem`` that :func:`search_teacher` found, kept in the package.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    known = json.loads(_SHIPPED.read_text())
-    if problem not in known:
-        raise ValueError(f"no teacher was tuned for {problem!r}, only for {', '.join(map(repr, known))}")
-    return PowerMomentum(**known[problem])
 
 
 def search_teacher(

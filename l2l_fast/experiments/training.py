@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 
 from l2l_fast.experiments.progress import console, progress
-from l2l_fast.meta import MetaTrainer, SearchResult, TrainConfig, TrainEvent, TrainResult, search
+from l2l_fast.meta import MetaTrainer, SearchResult, Teacher, TrainConfig, TrainEvent, TrainResult, search
 from l2l_fast.meta.folder import BEST, CHECKPOINT, LOG, SUMMARY
 from l2l_fast.meta.lock import hold
 from l2l_fast.meta.search import Trial
@@ -40,7 +40,13 @@ class _LiveLoss:
         return text + (f", {event.skipped} skipped" if event.skipped else "")
 
 
-def fit(trainer: MetaTrainer, *, description: str = "meta-training", resume: bool = False) -> TrainResult:
+def fit(
+    trainer: MetaTrainer,
+    *,
+    description: str = "meta-training",
+    resume: bool = False,
+    on_update: Callable[[TrainEvent], None] | None = None,
+) -> TrainResult:
     """:meth:`MetaTrainer.fit` with a progress bar; without a terminal, with a line for every tenth of the way.
 
     Raises:
@@ -51,15 +57,17 @@ def fit(trainer: MetaTrainer, *, description: str = "meta-training", resume: boo
     done = 0
     with progress(description, updates) as advance:
 
-        def on_update(event: TrainEvent) -> None:
+        def show(event: TrainEvent) -> None:
             nonlocal done
             note = live(event)
             advance(event.update - done, note=note)
             if not console.is_terminal and event.update * 10 // updates > done * 10 // updates:
                 console.print(f"{description}: {event.update}/{updates}, {note}", highlight=False, soft_wrap=True)
             done = event.update
+            if on_update is not None:
+                on_update(event)
 
-        return trainer.fit(resume=resume, on_update=on_update)
+        return trainer.fit(resume=resume, on_update=show)
 
 
 def check_unused(folder: Path) -> None:
@@ -86,6 +94,7 @@ def search_lr(
     trials: int,
     jobs: int = 1,
     make_problem: Callable[[], Problem] | None = None,
+    teacher: Teacher | None = None,
 ) -> SearchResult:
     """:func:`l2l_fast.meta.search` with a progress bar; trials in ``folder/search.db`` are not made again.
 
@@ -105,6 +114,7 @@ def search_lr(
             make_rule,
             config,
             trials,
+            teacher=teacher,
             seed=config.seed,
             storage=f"sqlite:///{folder / SEARCH}",
             jobs=jobs,
