@@ -55,7 +55,7 @@ class _Objective(str, Enum):
     LOG = "log"
 
 
-TENSORBOARD = "tensorboard"
+TENSORBOARD = "tensorboard"  # folder in that of the training
 
 _RULE, _RUN, _META, _VALIDATION = "Rule", "Run", "Meta-optimizer", "Validation and files"
 
@@ -228,7 +228,7 @@ def train(
         bool,
         typer.Option(
             "--tensorboard",
-            help=f"Draw curves for TensorBoard in the folder's {TENSORBOARD}.",
+            help=f"Write curves for TensorBoard to {TENSORBOARD} in that folder.",
             rich_help_panel=_VALIDATION,
         ),
     ] = False,
