@@ -240,6 +240,8 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         search(Quadratic(), make_rule, CONFIG, 1, seed=-1)
     with pytest.raises(ValueError, match=r"the problem can't be sent to another process: .*jobs=1"):
         search(Quadratic(), make_rule, CONFIG, 1, jobs=2, make_problem=lambda: Quadratic())
+    with pytest.raises(ValueError, match=r"the teacher can't be sent to another process: .*jobs=1"):
+        search(Quadratic(), make_rule, CONFIG, 1, jobs=2, teacher=lambda params: torch.optim.SGD(params))
     with pytest.raises(ValueError, match=r"0 < low < high, got 0\.1 and 0.01"):
         search(Quadratic(), make_rule, CONFIG, 1, low=0.1, high=0.01)
     monkeypatch.setitem(sys.modules, "optuna", None)

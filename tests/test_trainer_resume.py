@@ -83,22 +83,21 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from dataclasses import replace
-from trainings import SMALL, make_rule
+from trainings import make_rule
 from l2l_fast.meta import MetaTrainer
 from l2l_fast.problems import Quadratic
-config = replace(SMALL, updates={updates}, validate_every=50, checkpoint_every=3)
-trainer = MetaTrainer(make_rule(), Quadratic(), config, folder={folder!r})
+from test_trainer_resume import LONG
+trainer = MetaTrainer(make_rule(), Quadratic(), LONG, folder={folder!r})
 trainer.fit(on_update=lambda event: print(event.update, flush=True))
 """
 
 
-LONG = 400
+LONG = replace(SMALL, updates=400, validate_every=50, checkpoint_every=3)
 
 
 def killed_by(number: signal.Signals, folder: Path) -> tuple[int, str]:
     """Exit code and error output of training that gets the signal after some updates."""
-    script = SCRIPT.format(tests=os.path.dirname(__file__), updates=LONG, folder=str(folder))
+    script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder))
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -111,19 +110,25 @@ def killed_by(number: signal.Signals, folder: Path) -> tuple[int, str]:
     return process.returncode, errors
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a long training that no signal reached."""
+    folder = tmp_path_factory.mktemp("whole")
+    MetaTrainer(make_rule(), Quadratic(), LONG, folder=folder).fit()
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_resume_after_a_signal(tmp_path: Path, number: signal.Signals) -> None:
-    config = replace(SMALL, updates=LONG, validate_every=50, checkpoint_every=3)
-    MetaTrainer(make_rule(), Quadratic(), config, folder=tmp_path / "whole").fit()
+def test_resume_after_a_signal(tmp_path: Path, uninterrupted: Path, number: signal.Signals) -> None:
     code, errors = killed_by(number, tmp_path / "cut")
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
     else:
         assert code == -number
     done = contents(tmp_path / "cut")["progress"]["updates"]
-    assert 57 <= done < LONG
-    MetaTrainer(make_rule(), Quadratic(), config, folder=tmp_path / "cut").fit(resume=True)
-    assert_same_training(tmp_path / "whole", tmp_path / "cut")
+    assert 57 <= done < LONG.updates
+    MetaTrainer(make_rule(), Quadratic(), LONG, folder=tmp_path / "cut").fit(resume=True)
+    assert_same_training(uninterrupted, tmp_path / "cut")
 
 
 def test_ctrl_c_leaves_a_checkpoint_of_the_last_update(tmp_path: Path) -> None:
