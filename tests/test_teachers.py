@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import error_of, rule_file, run
+from test_cli import error_of, run
 from trainings import assert_same_training
 
 from l2l_fast import CoordinatewiseLSTM
@@ -20,8 +20,6 @@ from l2l_fast.experiments.teacher import PowerMomentum
 from l2l_fast.experiments.teachers import Baseline, choose_teacher, load_teacher, shipped_teacher
 from l2l_fast.meta import MetaTrainer, TrainConfig
 from l2l_fast.problems import Quadratic
-
-__all__ = ["rule_file"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,7 +147,9 @@ def test_train_refuses_a_teacher_before_it_makes_a_folder(tmp_path: Path, option
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_a_teacher_from_a_file(rule_file: Path, tuned: Path, tmp_path: Path) -> None:
+def test_evaluate_a_teacher_from_a_file(tuned: Path, tmp_path: Path) -> None:
+    rule_file = tmp_path / "rule.safetensors"
+    fresh_rule().save(rule_file)
     options = ["--rule", str(rule_file), "--runs", "4", "--steps", "3", "--out", str(tmp_path / "out")]
     assert run("evaluate", "quadratic", *options, "--teacher", tuned)[0] == 0
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["final_loss"]

@@ -255,6 +255,15 @@ def test_training_that_broke_after_its_first_checkpoint_resumes(tmp_path: Path) 
     assert trainer.fit(resume=True).updates == SMALL.updates
 
 
+def test_training_that_broke_in_its_last_validation_makes_up_for_it() -> None:
+    runs, validations = 4, 3  # before that one
+    trainer = MetaTrainer(make_rule(), BreaksOnce(allowed=runs + validations), SMALL)
+    with pytest.raises(Stop):
+        trainer.fit()
+    found, expected = trainer.fit().history, MetaTrainer(make_rule(), Quadratic(dim=3), SMALL).fit().history
+    assert [replace(row, seconds=0.0) for row in found] == [replace(row, seconds=0.0) for row in expected]
+
+
 class Nameless(SquareProblem):
     """No ``repr`` of its own."""
 

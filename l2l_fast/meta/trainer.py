@@ -206,6 +206,8 @@ class MetaTrainer:
             if received := int(self._team.greatest(report)):
                 self._save()
                 signals.deliver(received)
+        if progress.history[-1].update != progress.updates and stopped == "updates":
+            self._validate()  # an earlier call ended in the middle of it
         self._save()
         return stopped
 
