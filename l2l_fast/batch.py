@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,11 +12,17 @@ from l2l_fast import rounding, safety, sharding
 from l2l_fast.options import Options
 from l2l_fast.prepared import Runner
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 
 class Batch:
-    """Parameters of one group, one device and one dtype; ``dtype`` is that in which the backend steps them."""
+    """Parameters of one group, one device and one dtype; ``dtype`` is that in which the backend steps them.
 
-    __slots__ = ("_copies", "dtype", "grads", "options", "params", "runner", "states")
+    ``params`` are what this process holds, and ``sharded`` has the whole of those that are shards, by their index.
+    """
+
+    __slots__ = ("_copies", "dtype", "grads", "options", "params", "runner", "sharded", "states")
 
     def __init__(self, runner: Runner, options: Options, dtype: torch.dtype) -> None:
         self.runner = runner
@@ -24,6 +31,7 @@ class Batch:
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.states: list[Tensor] = []
+        self.sharded: dict[int, DTensor] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def add_as_copies(self, param: Tensor, grad: Tensor) -> None:
@@ -39,6 +47,11 @@ class Batch:
             self._copies.append((param, copy))
         self.params.append(copy)
         self.grads.append(grad.resolve_neg().to(self.dtype).contiguous())
+
+    def rests(self) -> bool:
+        """Whether all gradients are 0; waits for the device, and for the ranks that hold shards of the same."""
+        moving = torch.stack([grad.any() for grad in self.grads]).float()
+        return not bool(sharding.sum_over_shards(moving, self.sharded).any())
 
     def step_(self) -> None:
         """Step parameters and states."""
@@ -104,8 +117,10 @@ class StagedBatch(Batch):
         self._stepped = self._workspace.like(self.params, self.dtype)
         torch._foreach_copy_(self._stepped, self.params)
         self._call(self._stepped, [grad.to(self.dtype) for grad in self.grads])
-        if self.options.limit is not None:
-            self.distances = safety.distances(self._before(), self._stepped)
+
+    def measure(self) -> None:
+        """Find how far each tensor would move."""
+        self.distances = safety.distances(self._before(), self._stepped, self.sharded)
 
     def _before(self) -> list[Tensor]:
         """Parameters as they were, in the dtype of the step; not copies where that is their own."""
@@ -128,10 +143,23 @@ class StagedBatch(Batch):
         if self.options.rounding is None or self.params[0].dtype not in rounding.ROUNDED:
             torch._foreach_copy_(self.params, self._stepped)
         else:
-            generator = self._workspace.generator(self.params[0].device, *self.options.rounding, self._number)
-            for param, stepped in zip(self.params, self._stepped, strict=True):
-                rounding.round_(param, stepped, generator)
+            self._round(*self.options.rounding, self._number)
         super().finish()
+
+    def _round(self, *numbers: int) -> None:
+        """Round whole tensors from one generator that starts from ``numbers``, and every shard from one of its own.
+
+        So replicas of a shard round alike, whatever else their ranks hold.
+        """
+        device = self.params[0].device
+        generator = self._workspace.generator(device, *numbers)
+        pairs = list(zip(self.params, self._stepped, strict=True))
+        for index, (param, stepped) in enumerate(pairs):
+            if index not in self.sharded:
+                rounding.round_(param, stepped, generator)
+        for index, whole in self.sharded.items():
+            generator = self._workspace.generator(device, *numbers, index, *sharding.shard_of(whole))
+            rounding.round_(*pairs[index], generator)
 
 
 def step_all(batches: Sequence[Batch]) -> None:
@@ -139,6 +167,8 @@ def step_all(batches: Sequence[Batch]) -> None:
     for batch in batches:
         batch.step_()
     limited = [batch for batch in batches if isinstance(batch, StagedBatch) and batch.options.limit is not None]
+    for batch in limited:
+        batch.measure()
     jointly = [batch.distances for batch in limited if batch.options.joint]
     joint = safety.joint(jointly) if jointly else None
     for batch in limited:

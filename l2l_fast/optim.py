@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state_dtype: float32, float16 or bfloat16, how the state is stored between steps.
 
     The cost of ``max_update_norm``, and of ``stochastic_rounding`` for 16-bit parameters: parameters are stepped
-    in a copy, which is kept, in float32 (float64 for those of float64), with their gradients in that dtype.
+    in a copy, which is kept, in float32 (float64 for those of float64), with their gradients in that dtype. For
+    ``DTensor`` parameters the limit is on the whole tensor, so that ranks communicate, and all of them have to step the
+    same parameters.
 
     Raises:
         TypeError: if a parameter is not a dense tensor of one of the dtypes above, or an option or rule is
@@ -195,7 +197,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return module
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _refuse_sharded(group, read_options(group))
+        read_options(group)
         if len(set(group["params"])) != len(group["params"]):
             raise ValueError("a parameter occurs twice in one parameter group; list it once")
         rule = self._sync_rules()[-1]
@@ -252,9 +254,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         entries: dict[Tensor, dict[str, Any]] = {}
         groups = zip(self.param_groups, self._sync_rules(), strict=True)
         for number, (group, rule) in enumerate(groups, start=self._first_group):
-            options = read_options(group)
-            _refuse_sharded(group, options)
-            found = self._gather(group["params"], partial(self._batch, number, rule, options), entries)
+            batch_of = partial(self._batch, number, rule, read_options(group))
+            found = self._gather(group["params"], batch_of, entries)
             if found:
                 batches += found
                 stepped.append(group)
@@ -318,6 +319,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 or entry["id"] != id(entry["lstm"])
             ):
                 entry = entries[param] = self._entry(own, grad, entry, batch.runner)
+            if own is not param:
+                batch.sharded[len(batch.params)] = cast(Any, param)
             batch.states.append(entry["lstm"])
             if (
                 type(grad) is Tensor
@@ -595,16 +598,12 @@ def for_one_call(*hooks: RemovableHandle) -> Iterator[None]:
             hook.remove()
 
 
-def _refuse_sharded(group: dict[str, Any], options: Options) -> None:
-    if options.limit is not None or options.rounding is not None:
-        sharding.refuse(group["params"], "max_update_norm and stochastic_rounding")
-
-
 def _makes_states(batches: list[Batch]) -> bool:
     """Whether a first step has nothing to do but to make the states."""
     if any(batch.options.backend["lr"] for batch in batches):
         return False
-    return not any(bool(grad.any()) for batch in batches for grad in batch.grads)
+    rests = [batch.rests() for batch in batches]  # of all, as ranks may have to take part in each answer
+    return all(rests)
 
 
 def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:

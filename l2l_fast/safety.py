@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from l2l_fast import sharding
 
-def distances(before: list[Tensor], after: list[Tensor]) -> Tensor:
-    """Euclidean distances between tensors of two lists of one dtype and device, as a vector on it."""
-    return torch.stack(torch._foreach_norm(torch._foreach_sub(after, before)))
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def distances(before: list[Tensor], after: list[Tensor], sharded: Mapping[int, DTensor]) -> Tensor:
+    """Euclidean distances between tensors of two lists of one dtype and device, as a vector on it.
+
+    Args:
+        before, after: what this rank holds.
+        sharded: parameters by the index of those tensors that are shards of them; their distances are those of the
+            whole, for which the ranks that hold shards communicate.
+    """
+    norms = torch.stack(torch._foreach_norm(torch._foreach_sub(after, before)))
+    if not sharded:
+        return norms
+    # float64 has room for the squares of all float32 numbers, so that a lone shard's norm keeps all its bits.
+    squares = sharding.sum_over_shards(norms.double().square_(), sharded)
+    return squares.sqrt_().to(norms.dtype)
 
 
 def joint(distances_of_batches: Sequence[Tensor]) -> Tensor:

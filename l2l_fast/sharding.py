@@ -1,18 +1,21 @@
 """Parameters that are sharded over processes: what this rank holds of one, and states that lie as their parameter does.
 
 A coordinate's step depends on nothing but its own gradient and state, so every rank steps what it holds of a
-``DTensor`` as if that were all, and no rank asks another.
+``DTensor`` as if that were all, and no rank asks another. The norm of a whole tensor takes the others: ranks that hold
+shards of it add up what they have, all in the same order.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 
@@ -130,19 +133,56 @@ def check_state(key: Any, param: Tensor, state: Tensor) -> None:
         )
 
 
-def refuse(params: list[Tensor], options: str) -> None:
-    """Refuse ``DTensor`` among ``params`` for the sake of ``options``.
+def shard_of(param: DTensor) -> tuple[int, ...]:
+    """Which shard of ``param`` this rank holds: where it is in the mesh, less the dimensions of replicas.
 
-    The norm of a share is not that of the whole, and replicas would not round alike beside uneven shards.
-
-    Raises:
-        ValueError: if there is one.
+    Replicas of a shard have the same, and other shards another.
     """
-    for param in params:
-        if is_sharded(param):
-            raise ValueError(
-                f"{options} need whole parameters, but one of shape {tuple(param.shape)} is a DTensor; switch them off"
-            )
+    where = param.device_mesh.get_coordinate() or ()  # a rank outside of the mesh holds nothing
+    return tuple(where[dim] for dim in _split_dims(param))
+
+
+def sum_over_shards(numbers: Tensor, params: Mapping[int, DTensor]) -> Tensor:
+    """Sums over all shards of ``numbers``, of which each rank knows what its own shard contributes.
+
+    One collective per process group, in the order in which the groups come up: the ranks of a mesh have to call this
+    for the same parameters in the same order. No rank waits for its device.
+
+    Args:
+        numbers: floating point ``[P]``, one for each of ``P`` parameters.
+        params: those of them that are ``DTensor``, by their index; the others are whole everywhere.
+    """
+    groups: dict[str, tuple[ProcessGroup, str]] = {}
+    split: dict[str, list[int]] = {}
+    for index, param in params.items():
+        for dim in _split_dims(param):
+            group = param.device_mesh.get_group(dim)
+            # One group may come as several objects, but has one name.
+            groups[group.group_name] = group, param.device_mesh.device_type
+            split.setdefault(group.group_name, []).append(index)
+    if not split:
+        return numbers
+    from torch.distributed import all_reduce
+
+    parts = list(numbers.unbind())
+    for name, indices in split.items():
+        group, device = groups[name]
+        # Parameters that are offloaded to the CPU are not on the device on which their process group communicates.
+        sums = torch.stack([parts[index] for index in indices]).to(device)
+        all_reduce(sums, group=group)
+        for index, part in zip(indices, sums.to(numbers.device).unbind(), strict=True):
+            parts[index] = part
+    return torch.stack(parts)
+
+
+def _split_dims(param: DTensor) -> list[int]:
+    """Dimensions of the mesh over which ``param`` is split; over the others there are replicas. None outside it."""
+    mesh = param.device_mesh
+    if mesh.get_coordinate() is None:
+        return []
+    return [
+        dim for dim, placement in enumerate(param.placements) if not placement.is_replicate() and mesh.size(dim) > 1
+    ]
 
 
 def _waited(tensor: Tensor) -> Tensor:
