@@ -315,7 +315,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if (
                 entry is None
                 or entry.get("layout") is not layout
-                or entry["numel"] != own.numel()
+                or entry["shape"] != own.shape
                 or entry["id"] != id(entry["lstm"])
             ):
                 entry = entries[param] = self._entry(own, grad, entry, batch.runner)
@@ -346,9 +346,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         if not entry or "lstm" not in entry:
             packed = backend.init_state(param.numel(), layout.spec, self.state_dtype, param.device)
-        elif entry["numel"] != param.numel():
+        elif entry["shape"] != param.shape:
             raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} has a state of {entry['numel']} coordinates; to start it "
+                f"a parameter of shape {tuple(param.shape)} has a state for shape {tuple(entry['shape'])}; to start it "
                 "afresh after replacing its data, del optimizer.state[param]"
             )
         elif entry["lstm"].device != param.device:
@@ -371,7 +371,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             packed = entry["lstm"]
         else:
             packed = backend.pack_state(self._unpack(entry), self.state_dtype)
-        return {"lstm": packed, "layout": layout, "numel": param.numel(), "id": id(packed)}
+        return {"lstm": packed, "layout": layout, "shape": param.shape, "id": id(packed)}
 
     def _pack(self, param: Tensor, state: Tensor, rule: PreparedRule) -> dict[str, Any]:
         """The entry of ``param`` in ``self.state`` for a state ``[*param.shape, 2, 2, H]``."""
@@ -380,12 +380,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         flat = state.detach().to(own.device).reshape(own.numel(), 2, 2, layout.spec.hidden_size)
         packed = backend.pack_state(flat, self.state_dtype)
         # The same layout but another object: the next step checks the parameter and its gradient once.
-        return {"lstm": packed, "layout": copy.copy(layout), "numel": own.numel(), "id": id(packed)}
+        return {"lstm": packed, "layout": copy.copy(layout), "shape": own.shape, "id": id(packed)}
 
     def _unpack(self, entry: dict[str, Any]) -> Tensor:
         """The state in ``entry`` as ``[N, 2, 2, H]``, a copy."""
         layout: Layout = entry["layout"]
-        return get(layout.backend).unpack_state(entry["lstm"], entry["numel"], layout.spec)
+        return get(layout.backend).unpack_state(entry["lstm"], entry["shape"].numel(), layout.spec)
 
     def _public(self, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
         """An entry of ``self.state`` with the state as ``[*param.shape, 2, 2, H]``, a copy."""
@@ -608,7 +608,7 @@ def _makes_states(batches: list[Batch]) -> bool:
 
 def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of the state less what :class:`LearnedOptimizer` keeps there."""
-    return {key: value for key, value in entry.items() if key not in ("lstm", "layout", "numel", "id")}
+    return {key: value for key, value in entry.items() if key not in ("lstm", "layout", "shape", "id")}
 
 
 def _check_state_dtype(state_dtype: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,21 +209,34 @@ def test_failed_first_step_leaves_no_state(rule: CoordinatewiseLSTM, params: lis
     assert not optimizer.state
 
 
-def test_data_replaced_by_another_size(
-    optimizer: LearnedOptimizer, params: list[nn.Parameter], generator: torch.Generator
+@pytest.mark.parametrize("shape", [(40, 40), (5, 3), (15,)], ids=str)
+def test_data_replaced_by_another_shape(
+    optimizer: LearnedOptimizer, params: list[nn.Parameter], generator: torch.Generator, shape: tuple[int, ...]
 ) -> None:
+    """Also by one of as many elements, whose coordinates the state does not have in this order."""
     before = params[0].detach().clone()
-    params[1].data = torch.zeros(40, 40)
-    with pytest.raises(RuntimeError, match=r"shape \(40, 40\) .* gradient of shape \(3, 5\)"):
+    params[1].data = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=rf"shape {re.escape(str(shape))} .* gradient of shape \(3, 5\)"):
         optimizer.step()
     optimizer.zero_grad()
     set_grads(params, make_grads(params, generator))
-    with pytest.raises(RuntimeError, match=r"state of 15 coordinates; .* del optimizer\.state\[param\]"):
+    with pytest.raises(RuntimeError, match=r"a state for shape \(3, 5\); .* del optimizer\.state\[param\]"):
         optimizer.step()
     assert torch.equal(params[0], before)
     del optimizer.state[params[1]]
     optimizer.step()
-    assert optimizer.state_dict()["state"][1]["lstm"].shape == (40, 40, 2, 2, 20)
+    assert optimizer.state_dict()["state"][1]["lstm"].shape == (*shape, 2, 2, 20)
+
+
+def test_data_replaced_after_loading(
+    optimizer: LearnedOptimizer, params: list[nn.Parameter], generator: torch.Generator
+) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+    params[1].data = torch.zeros(5, 3)
+    optimizer.zero_grad()
+    set_grads(params, make_grads(params, generator))
+    with Unchanged(optimizer), pytest.raises(RuntimeError, match=r"shape \(5, 3\) has a state for shape \(3, 5\)"):
+        optimizer.step()
 
 
 def test_stale_gradient_after_loading(
