@@ -26,10 +26,16 @@ def find(source: str | os.PathLike[str], *, revision: str | None = None, token: 
         FileNotFoundError: if ``source`` is a path at which nothing lies, or there is no such repository, revision or
             file in it.
         PermissionError: if the repository asks for a consent that this account has not given.
+        TypeError: if ``source`` is of another kind.
         ValueError: if ``source`` is neither a path nor the id of a repository, or a path comes with a revision.
         ConnectionError: if the Hub can't be reached and the file is not in the cache.
         ImportError: if it takes huggingface_hub, which is not installed.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"expected the id of a repository, 'user/name', or the path of a file or folder, got {source!r} of type "
+            f"{type(source).__name__}"
+        )
     name, path = os.fspath(source), Path(source).expanduser()
     if name and path.exists():
         if revision is not None:

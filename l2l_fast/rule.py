@@ -168,6 +168,7 @@ class CoordinatewiseLSTM(nn.Module):
         Raises:
             FileNotFoundError: if nothing lies at the path, or there is no such repository, revision or file in it.
             PermissionError: if the repository asks for a consent that this account has not given.
+            TypeError: if ``source`` is of another kind.
             ValueError: if ``source`` is neither a path nor the id of a repository, or the file holds no rule.
             ConnectionError: if the Hub can't be reached and the file has not been downloaded before.
             ImportError: if a repository is asked for and huggingface_hub is not installed.

@@ -272,6 +272,15 @@ def test_bad_id(server: Server, rule: CoordinatewiseLSTM, repo_id: str) -> None:
     assert server.requests == 0
 
 
+@pytest.mark.parametrize("source", [3, None, b"user/rule"])
+def test_bad_source(server: Server, source: Any) -> None:
+    with pytest.raises(
+        TypeError, match=rf"'user/name', or the path .*, got {source!r} of type {type(source).__name__}"
+    ):
+        CoordinatewiseLSTM.from_hub(source)
+    assert server.requests == 0
+
+
 def test_missing_repository(server: Server) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither a file or folder user/rule here nor a repository .* log in"):
         CoordinatewiseLSTM.from_hub("user/rule")
