@@ -5,4 +5,6 @@ a tile lies in memory, :mod:`.cell` holds the arithmetic, :mod:`.step` and :mod:
 """
 
 if __name__ != "l2l_fast.kernels":
-    raise ImportError("import l2l_fast.kernels: the folder 'kernels' is not a package of its own")
+    # Beside the repository's root on sys.path, `import kernels` may be meant for the package of that name, which others
+    # look for and do without. An error would be theirs too, so this is a module in which nothing can be found.
+    __path__ = []

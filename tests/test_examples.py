@@ -26,10 +26,7 @@ GUIDE = ROOT / "docs" / "migration.md"
 
 
 def last_line(folder: Path, script: Path, *arguments: str) -> str:
-    """What ``script`` prints at the end, run outside the checkout.
-
-    In it transformers would take ``kernels`` for the package of that name.
-    """
+    """What ``script`` prints at the end, run in ``folder``."""
     result = subprocess.run(
         [sys.executable, str(script), *arguments],
         cwd=folder,
