@@ -131,7 +131,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """An optimizer of all parameters of ``model``, with rules by the names of the parameters.
 
         Args:
-            model: its ``named_parameters()``; a shared parameter goes by the first of its names.
+            model: its ``named_parameters()``; a shared parameter goes by the first of its names, and one of a module
+                that ``torch.compile`` has wrapped by its name with or without ``_orig_mod.``.
             rules: pattern on the name to rule, such as ``{"conv*.weight": "a.safetensors", "*": "mnist"}``; ``*``
                 matches any characters, dots too, ``?`` one and ``[ab]`` one of these. The first pattern that
                 matches counts. Each makes one parameter group, in this order.

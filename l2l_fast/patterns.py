@@ -16,6 +16,8 @@ _SHOWN = 10
 def groups_by_pattern(model: nn.Module, rules: Mapping[str, _T]) -> list[tuple[_T, list[tuple[str, nn.Parameter]]]]:
     """For every pattern its rule and the named parameters it is the first to match, in the order of ``rules``.
 
+    A pattern may match the name as it is, or less the ``_orig_mod.`` that ``torch.compile`` puts into it.
+
     Raises:
         TypeError: if ``model`` is no module or ``rules`` no mapping of patterns.
         ValueError: if there are no patterns or no parameters, a pattern is left without a parameter, or a parameter
@@ -33,7 +35,7 @@ def groups_by_pattern(model: nn.Module, rules: Mapping[str, _T]) -> list[tuple[_
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {pattern: [] for pattern in rules}
     missed = []
     for name, param in named:
-        pattern = next((pattern for pattern in rules if fnmatchcase(name, pattern)), None)
+        pattern = next((pattern for pattern in rules if _matches(name, pattern)), None)
         if pattern is None:
             missed.append(name)
         else:
@@ -45,7 +47,7 @@ def groups_by_pattern(model: nn.Module, rules: Mapping[str, _T]) -> list[tuple[_
     empty = [pattern for pattern, found in groups.items() if not found]
     if empty:
         names = [name for name, _ in named]
-        shadowed = [pattern for pattern in empty if any(fnmatchcase(name, pattern) for name in names)]
+        shadowed = [pattern for pattern in empty if any(_matches(name, pattern) for name in names)]
         reason = (
             f"earlier patterns take all parameters that {_listed(shadowed)} matches; put narrow patterns first"
             if shadowed
@@ -53,6 +55,11 @@ def groups_by_pattern(model: nn.Module, rules: Mapping[str, _T]) -> list[tuple[_
         )
         raise ValueError(f"the patterns {_listed(empty)} are left without a parameter: {reason}")
     return [(rule, groups[pattern]) for pattern, rule in rules.items()]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    uncompiled = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return fnmatchcase(name, pattern) or fnmatchcase(uncompiled, pattern)
 
 
 def _listed(names: Iterable[str]) -> str:

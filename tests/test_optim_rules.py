@@ -175,6 +175,21 @@ def test_from_module(rules: list[CoordinatewiseLSTM], tmp_path: Path) -> None:
     assert torch.equal(used[2].flat_weights(), rules[1].flat_weights())
 
 
+def test_from_module_of_compiled_modules(rules: list[CoordinatewiseLSTM]) -> None:
+    """Patterns match with and without what torch.compile puts into names, of the whole or of a part."""
+    model: Any = network()
+    model[0] = torch.compile(model[0], backend="eager")
+    patterns: dict[str, Any] = {"0.weight": rules[0], "_orig_mod.[34].*": rules[1], "1.*": rules[1], "*": rules[0]}
+    compiled: Any = torch.compile(model, backend="eager")
+    groups = LearnedOptimizer.from_module(compiled, patterns).param_groups
+    assert [group["param_names"] for group in groups] == [
+        ["_orig_mod.0._orig_mod.weight"],
+        [f"_orig_mod.{name}" for name in ("3.weight", "3.bias", "4.weight", "4.bias")],
+        ["_orig_mod.1.weight", "_orig_mod.1.bias"],
+        ["_orig_mod.0._orig_mod.bias"],
+    ]
+
+
 def test_from_module_is_the_optimizer_of_its_groups(
     backend: Backend, rules: list[CoordinatewiseLSTM], generator: torch.Generator
 ) -> None:
