@@ -489,6 +489,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             params = self._checked_params(state_dict)
             rest = {}
             for key, entry in state_dict["state"].items():
+                if key in params:
+                    _check_entry(key, entry)
                 if key in params and "lstm" in entry:
                     param, rule = params[key]
                     self._check_state(key, param, entry["lstm"], rule.rule.spec.hidden_size)
@@ -605,6 +607,15 @@ def _makes_states(batches: list[Batch]) -> bool:
         return False
     rests = [batch.rests() for batch in batches]  # of all, as ranks may have to take part in each answer
     return all(rests)
+
+
+def _check_entry(key: Any, entry: Mapping[str, Any]) -> None:
+    """Refuse an entry of a state dict that has something, but no state of the rule; an empty one starts afresh."""
+    if entry and "lstm" not in entry:
+        raise ValueError(
+            f"the state of parameter {key} has {', '.join(map(repr, entry))} but no 'lstm', the state of the rule; "
+            "take the entry out to start the parameter afresh"
+        )
 
 
 def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:

@@ -305,6 +305,11 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] 
         TypeError,
         "is torch.float64, which state_dtype=torch.float32 can't hold",
     ),
+    "of another optimizer": (
+        edit(["state", 1], {"step": 1, "exp_avg": torch.zeros(3, 5)}),
+        ValueError,
+        "state of parameter 1 has 'step', 'exp_avg' but no 'lstm', .*; take the entry out to start",
+    ),
     "integers": (edit(["state", 1, "lstm"], lambda t: t.int()), TypeError, "is torch.int32"),
 }
 
@@ -321,6 +326,22 @@ def test_broken_state_dict(optimizer: LearnedOptimizer, name: str) -> None:
     with Unchanged(optimizer), pytest.raises(error, match=message):
         optimizer.load_state_dict(state_dict)
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "take_out", [lambda state: state.pop(1), lambda state: state.update({1: {}})], ids=["no", "empty"]
+)
+def test_parameter_without_an_entry_starts_afresh(
+    optimizer: LearnedOptimizer, take_out: Callable[[dict[int, Any]], Any]
+) -> None:
+    """As in torch.optim; torch.distributed.checkpoint writes empty ones."""
+    saved = optimizer.state_dict()
+    take_out(saved["state"])
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    states = optimizer.state_dict()["state"]
+    assert states[1]["lstm"].shape == (3, 5, 2, 2, 20)
+    assert not torch.equal(states[0]["lstm"], saved["state"][0]["lstm"])
 
 
 @pytest.mark.parametrize(
