@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
+from l2l_fast import sharding
 from l2l_fast.optim import LearnedOptimizer, for_one_call
 from l2l_fast.options import OFF
 from l2l_fast.rule import CoordinatewiseLSTM, as_rule
@@ -28,6 +29,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         self, params: ParamsT, rule: CoordinatewiseLSTM | str | os.PathLike[str], options: dict[str, Any]
     ) -> None:
         self.rule = as_rule(rule)
+        self._places: list[tuple[weakref.ref[nn.Module], str, Tensor]] = []
         self._options = options
         self._singles: list[LearnedOptimizer] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -116,6 +118,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         Returns:
             What ``closure`` returned.
         """
+        self._check_places()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -125,6 +128,33 @@ class OptimizerInBackward(torch.optim.Optimizer):
                 if any(param.grad is not None for param in single.param_groups[0]["params"]):
                     self._step_one(index)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in ``torch.optim``; after a backward there is nothing to do."""
+        self._check_places()
+        super().zero_grad(set_to_none)
+
+    def _watch(self, model: nn.Module) -> None:
+        """Note where in ``model`` the parameters are that are not sharded yet."""
+        self._places = [
+            (weakref.ref(module), name, param)
+            for module in model.modules()
+            for name, param in module.named_parameters(recurse=False)
+            if param.requires_grad and not sharding.is_sharded(param)
+        ]
+
+    def _check_places(self) -> None:
+        """Refuse to go on where the model has been sharded since: its parameters are others now, without hooks."""
+        if not self._handles:
+            return
+        for reference, name, param in self._places:
+            module = reference()
+            if module is not None and sharding.is_sharded(module._parameters.get(name)):
+                raise RuntimeError(
+                    f"the parameter {name!r} of shape {tuple(param.shape)} was sharded after optimizer_in_backward, so "
+                    "that no backward updates it any more; call fully_shard or parallelize_module first, then "
+                    "optimizer_in_backward"
+                )
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -152,6 +182,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         """
 
         def fill(_: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
+            self._check_places()
             parts = [single.state_dict() for single in self._singles]
             return {
                 "state": {key: part["state"][0] for key, part in enumerate(parts) if part["state"]},
@@ -228,6 +259,8 @@ def optimizer_in_backward(
     ``LearnedOptimizer(...).step()`` after the backward, bit for bit. Whatever needs all gradients before the update
     is out of reach: their accumulation over several backwards, clipping by their common norm, ``GradScaler``,
     averaging over processes by ``DistributedDataParallel``. Random rounding is that of groups of one parameter each.
+    Shard a model first: ``fully_shard`` puts other parameters into it, which this would not update. ``step``,
+    ``zero_grad`` and ``state_dict`` of the handle notice that, a loop of nothing but backwards does not.
 
     Args:
         model: its parameters that require a gradient are changed in place by every backward through them.
@@ -254,4 +287,6 @@ def optimizer_in_backward(
     trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trained:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to do")
-    return OptimizerInBackward(trained, rule, options)
+    optimizer = OptimizerInBackward(trained, rule, options)
+    optimizer._watch(model)
+    return optimizer

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from l2l_fast import LearnedOptimizer, optimizer_in_backward
 from l2l_fast.experiments.rounding import constant_rule
@@ -227,14 +228,40 @@ def limit_in_the_backward() -> None:
     for step in range(2):
         for model in models:
             loss_of(model, step, dist.get_rank()).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
+        for trained in (optimizer, handle):
+            trained.step()
+            trained.zero_grad()
     assert_same(shards(list(models[0].parameters())), shards(list(models[1].parameters())))
     assert len(handle.state) == 8
 
 
 def test_limit_in_the_backward(two: Ranks) -> None:
     on_all(two, limit_in_the_backward)
+
+
+def shard_too_late() -> None:
+    def tensor_parallel(model: nn.Sequential) -> None:
+        parallelize_module(model, line(), {"0": ColwiseParallel(output_layouts=Replicate())})
+
+    def sharded_in_part(model: nn.Sequential) -> None:
+        fully_shard(model[2], mesh=line())
+
+    for shard in (functools.partial(fully_shard, mesh=line()), tensor_parallel, sharded_in_part):
+        model = make_model()
+        handle = optimizer_in_backward(model, make_rule(seeded(1)))
+        handle.zero_grad()
+        shard(model)
+        loss_of(model, 0, dist.get_rank()).backward()  # type: ignore[no-untyped-call]
+        for call in (handle.step, handle.zero_grad, handle.state_dict):
+            with pytest.raises(RuntimeError, match=r"'weight' of shape \(.*\) was sharded after optimizer_in_backward"):
+                call()
+        handle.remove()
+        handle.state_dict()
+
+
+def test_sharding_after_the_hooks_is_noticed(two: Ranks) -> None:
+    """They sit on parameters that are not those of the model any more."""
+    on_all(two, shard_too_late)
 
 
 def first_step_at_rate_0(options: dict[str, Any]) -> None:
