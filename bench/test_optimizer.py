@@ -46,6 +46,20 @@ def test_learned(benchmark: Any, rule: l2l_fast.CoordinatewiseLSTM, backend: str
     report(benchmark, n, optimizer.step, rounds=5 if slow else 0)
 
 
+@pytest.mark.parametrize(("n", "tensors"), CASES, ids=IDS)
+@pytest.mark.parametrize("name", ["tensor", "global"])
+def test_limited(benchmark: Any, rule: l2l_fast.CoordinatewiseLSTM, name: str, n: int, tensors: int) -> None:
+    """With ``max_update_norm``, at a limit that most steps exceed."""
+    benchmark.group = _name(n, tensors)
+    params = _parameters(n, tensors)
+    optimizer = l2l_fast.LearnedOptimizer(params, rule, max_update_norm=1e-3, update_norm=name, backend="cpu")
+    optimizer.step()
+    norms = torch.stack([param.detach().norm() for param in params])
+    moved = norms.max() if name == "tensor" else norms.norm()
+    assert moved.item() == pytest.approx(1e-3, rel=1e-4)
+    report(benchmark, n, optimizer.step)
+
+
 OTHERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "adam-foreach": lambda params: torch.optim.Adam(params, foreach=True),
     "adam-fused": lambda params: torch.optim.Adam(params, fused=True),

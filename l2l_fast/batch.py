@@ -116,15 +116,17 @@ class StagedBatch(Batch):
     def step_(self) -> None:
         self._stepped = self._workspace.like(self.params, self.dtype)
         torch._foreach_copy_(self._stepped, self.params)
-        self._call(self._stepped, [grad.to(self.dtype) for grad in self.grads])
+        self._call(self._stepped, self._widened(self.grads))
 
     def measure(self) -> None:
         """Find how far each tensor would move."""
-        self.distances = safety.distances(self._before(), self._stepped, self.sharded)
+        self.distances = safety.distances(self._widened(self.params), self._stepped, self.sharded)
 
-    def _before(self) -> list[Tensor]:
-        """Parameters as they were, in the dtype of the step; not copies where that is their own."""
-        return [param.to(self.dtype) for param in self.params]
+    def _widened(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Parameters or gradients in the dtype of the step; as they are where that is the parameters' own."""
+        if self.params[0].dtype is self.dtype:
+            return tensors
+        return [tensor.to(self.dtype) for tensor in tensors]
 
     def shorten(self, joint: Tensor | None) -> None:
         """Take each tensor, or given the ``joint`` distance all of them, back to within the limit of the group."""
@@ -135,13 +137,15 @@ class StagedBatch(Batch):
             shares = safety.share(self.distances, limit).unbind()
         else:
             shares = [safety.share(joint, limit).to(self.distances)] * len(self.params)
-        for stepped, before, part in zip(self._stepped, self._before(), shares, strict=True):
-            # Of these two forms of a weighted mean, PyTorch takes for a share of 1 the one that is exact.
-            torch.lerp(before, stepped, part, out=stepped)
+        before = self._widened(self.params)
+        # Of two forms of a weighted mean, PyTorch takes for a share of 1 the one that is exact.
+        torch._foreach_lerp_(before, self._stepped, shares)
+        self._stepped = before  # which may be the parameters themselves
 
     def finish(self) -> None:
         if self.options.rounding is None or self.params[0].dtype not in rounding.ROUNDED:
-            torch._foreach_copy_(self.params, self._stepped)
+            if self._stepped is not self.params:
+                torch._foreach_copy_(self.params, self._stepped)
         else:
             self._round(*self.options.rounding, self._number)
         super().finish()

@@ -249,6 +249,23 @@ def test_without_options_a_step_calls_no_operation(rule: CoordinatewiseLSTM, gen
     assert [name for name in mode.called if not name.startswith(("aten::detach", "profiler::"))] == []
 
 
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_limit_takes_as_many_calls_for_many_tensors(
+    rule: CoordinatewiseLSTM, generator: torch.Generator, scope: str
+) -> None:
+    """Small tensors are as fast as the calls on all of them are few."""
+    counts = []
+    for tensors in (2, 20):
+        params = make_params([(5,)] * tensors, generator)
+        optimizer = LearnedOptimizer(params, rule, max_update_norm=0.1, update_norm=scope, backend="cpu")
+        set_grads(params, make_grads(params, generator))
+        optimizer.step()
+        with NoAnswer() as mode:
+            optimizer.step()
+        counts.append([name for name in mode.called if not name.startswith(("aten::detach", "profiler::"))])
+    assert counts[0] == counts[1]
+
+
 def test_limited_steps_find_their_memory_again(
     rule: CoordinatewiseLSTM, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

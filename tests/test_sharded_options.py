@@ -383,6 +383,7 @@ def draw_beside_whole_parameters() -> None:
         optimizer.step()
         ends.append([param.detach() for param in plain])
     assert_same(*ends)
+    assert all(((param > 1).any() and (param == 1).any()) for param in ends[1])
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, ends[1])
     assert_same(gathered[0], gathered[-1])
