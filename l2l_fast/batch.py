@@ -48,10 +48,10 @@ class Batch:
         self.params.append(copy)
         self.grads.append(grad.resolve_neg().to(self.dtype).contiguous())
 
-    def rests(self) -> bool:
-        """Whether all gradients are 0; waits for the device, and for the ranks that hold shards of the same."""
+    def rests(self, *, everywhere: bool) -> bool:
+        """Whether all gradients are 0, ``everywhere`` on the ranks that hold shards too; waits for the device."""
         moving = torch.stack([grad.any() for grad in self.grads]).float()
-        return not bool(sharding.sum_over_shards(moving, self.sharded).any())
+        return not bool((sharding.sum_over_shards(moving, self.sharded) if everywhere else moving).any())
 
     def step_(self) -> None:
         """Step parameters and states."""

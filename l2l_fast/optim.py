@@ -605,7 +605,9 @@ def _makes_states(batches: list[Batch]) -> bool:
     """Whether a first step has nothing to do but to make the states."""
     if any(batch.options.backend["lr"] for batch in batches):
         return False
-    rests = [batch.rests() for batch in batches]  # of all, as ranks may have to take part in each answer
+    # Ranks that wait for each other in a limited step have to agree, and all of them to take part in each answer.
+    everywhere = any(batch.options.limit is not None for batch in batches)
+    rests = [batch.rests(everywhere=everywhere) for batch in batches]
     return all(rests)
 
 
