@@ -28,7 +28,7 @@ def _gate(rule: CoordinatewiseLSTM, update: Tensor, grad: Tensor) -> None:
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("state_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("state_dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
 def test_cpu(benchmark: Any, rule: CoordinatewiseLSTM, instruction_set: str, state_dtype: str, n: int) -> None:
     benchmark.group = f"forward n={n}"

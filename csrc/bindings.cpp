@@ -116,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("FLOAT32") = static_cast<int>(l2l::Dtype::f32);
   m.attr("FLOAT16") = static_cast<int>(l2l::Dtype::f16);
   m.attr("BFLOAT16") = static_cast<int>(l2l::Dtype::bf16);
+  m.attr("INT8") = static_cast<int>(l2l::Dtype::i8);
 
   m.def("instruction_sets", &l2l::instruction_sets);
   m.def("instruction_set", [] { return std::string(l2l::kernels().name); });

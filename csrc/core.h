@@ -20,7 +20,7 @@ constexpr int kTileSize = kRows * kTile;
 constexpr int kColumns1 = 24;  // layer 1: features, h1 before, padding
 constexpr int kColumns2 = 40;  // layer 2: h1, h2 before
 
-enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2, i8 = 3 };  // i8 of states only
 
 // Weights as the kernels read them. Forward blocks are [unit][bias, inputs...][gate], scaled so that
 // the sum is directly the exponent of 2 in the activations; backward blocks are unscaled and
@@ -44,7 +44,7 @@ struct Weights {
 struct StepTensor {
   void* param;
   const void* grad;
-  void* state;  // [ceil(size / kTile)][kRows][kTile]
+  void* state;  // [ceil(size / kTile)][kRows][kTile]; int8.inl has the form in 8 bits
   int64_t size;
   int64_t first_tile;  // in the numbering that runs through all tensors
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.inl"
+#include "int8.inl"
 
 namespace l2l {
 namespace {
@@ -30,7 +31,13 @@ L2L_INLINE void write_lanes(const float* from, Dtype dtype, int64_t first, int c
   for (int i = 0; i < count; i++) p[i] = dtype == Dtype::f16 ? to_f16(from[i]) : to_bf16(from[i]);
 }
 
+L2L_INLINE int64_t bytes_of_tile(Dtype dtype) {
+  if (dtype == Dtype::i8) return kInt8TileBytes;
+  return kTileSize * (dtype == Dtype::f32 ? 4 : 2);
+}
+
 L2L_INLINE void read_tile(const void* tile, Dtype dtype, float* rows, int stride) {
+  if (dtype == Dtype::i8) return read_int8_tile(tile, rows, stride);
   const uint16_t* p = static_cast<const uint16_t*>(tile);
   for (int r = 0; r < kRows; r++)
     for (int i = 0; i < kTile; i += kWidth) {
@@ -40,6 +47,7 @@ L2L_INLINE void read_tile(const void* tile, Dtype dtype, float* rows, int stride
 }
 
 L2L_INLINE void write_tile(const float* rows, int stride, Dtype dtype, void* tile) {
+  if (dtype == Dtype::i8) return write_int8_tile(rows, stride, tile);
   uint16_t* p = static_cast<uint16_t*>(tile);
   for (int r = 0; r < kRows; r++)
     for (int i = 0; i < kTile; i += kWidth) {
@@ -67,14 +75,19 @@ L2L_INLINE TileOf find_tile(const StepTensor*& tensor, int64_t tile, int64_t til
           static_cast<char*>(tensor->state) + index * tile_bytes};
 }
 
+L2L_INLINE void copy_piece(const Rows& from, int piece, const Rows& to) {
+  for (int r = 0; r < kRows; r++)
+    memcpy(to.piece[piece] + r * to.stride, from.piece[piece] + r * from.stride, sizeof(float) * kTile);
+}
+
 L2L_INLINE bool not_finite(float x) { return (float_to_bits(x) & 0x7f800000) == 0x7f800000; }
 
 void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
   const bool narrow = args.state_dtype != Dtype::f32;
-  const int64_t tile_bytes = kTileSize * (narrow ? 2 : 4);
+  const int64_t tile_bytes = bytes_of_tile(args.state_dtype);
   alignas(64) float grad[kPass], update[kPass], param[kPass], staged[kRows * kPass];
   alignas(64) float spare[kTileSize];  // stands in for the second tile of a last, half pass
-  alignas(64) char before[kPassTiles][kTileSize * 4];
+  alignas(64) float before[kRows * kPass];
 
   const StepTensor* current = args.tensors + tensor;
   for (int64_t tile = begin; tile < end; tile += kPassTiles) {
@@ -85,6 +98,9 @@ void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
     for (int i = 0; i < used; i++) {
       const TileOf& t = tiles[i] = find_tile(current, tile + i, tile_bytes);
       read_lanes(t.tensor->grad, args.dtype, t.first, t.count, grad + i * kTile);
+      // What pads a tile must not count among those that share a scale, and NaN does not.
+      if (args.state_dtype == Dtype::i8)
+        for (int lane = t.count; lane < kTile; lane++) grad[i * kTile + lane] = bits_to_float(0x7fc00000);
       if (narrow) read_tile(t.state, args.state_dtype, staged + i * kTile, kPass);
     }
     if (!narrow) {
@@ -100,7 +116,7 @@ void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
     if (args.skip_nonfinite)
       for (int i = 0; i < used; i++) {
         for (int lane = 0; lane < tiles[i].count; lane++) skip[i] |= not_finite(grad[i * kTile + lane]);
-        if (skip[i]) memcpy(before[i], tiles[i].state, tile_bytes);
+        if (skip[i]) copy_piece(rows, i, local_rows(before));
       }
 
     const Vec sign = broadcast(args.grad_sign);
@@ -121,7 +137,6 @@ void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
 
     for (int i = 0; i < used; i++) {
       const TileOf& t = tiles[i];
-      if (narrow) write_tile(staged + i * kTile, kPass, args.state_dtype, t.state);
       float* values = param + i * kTile;
       if (t.count < kTile) memset(values, 0, sizeof(float) * kTile);
       read_lanes(t.tensor->param, args.dtype, t.first, t.count, values);
@@ -133,10 +148,10 @@ void step(const StepArgs& args, int64_t tensor, int64_t begin, int64_t end) {
         for (int lane = 0; lane < t.count; lane++)
           if (not_finite(grad[i * kTile + lane])) {
             moved[lane] = values[lane];
-            const int size = narrow ? 2 : 4;
             for (int r = 0; r < kRows; r++)
-              memcpy(t.state + (r * kTile + lane) * size, before[i] + (r * kTile + lane) * size, size);
+              rows.piece[i][r * rows.stride + lane] = before[r * kPass + i * kTile + lane];
           }
+      if (narrow) write_tile(staged + i * kTile, kPass, args.state_dtype, t.state);
       write_lanes(moved, args.dtype, t.first, t.count, t.tensor->param);
     }
   }

@@ -8,6 +8,7 @@ TILE: int
 FLOAT32: int
 FLOAT16: int
 BFLOAT16: int
+INT8: int
 
 class Weights:
     def __init__(self, flat: NDArray[float32], log_p: float, output_scale: float) -> None: ...

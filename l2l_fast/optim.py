@@ -25,9 +25,9 @@ from l2l_fast.patterns import groups_by_pattern
 from l2l_fast.prepared import Layout, PreparedRule, Runner, fingerprint
 from l2l_fast.rounding import ROUNDED
 from l2l_fast.rule import CoordinatewiseLSTM, as_rule
+from l2l_fast.storage import check_state_dtype, holds, overflows
 
 _PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_STATE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -40,8 +40,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     the same rule share it. :meth:`from_module` makes groups from the names of parameters.
 
     :meth:`state_dict` holds the state of a parameter under ``"lstm"``, shape ``[*param.shape, 2, 2, H]``
-    (layer; h, c; unit) in the dtype ``state_dtype``, as a copy, whatever the backend; ``"rule"`` in every
-    group identifies its rule, and ``"step"`` counts the steps it has taken. ``optimizer.state`` holds the state
+    (layer; h, c; unit) in the dtype ``state_dtype``, bfloat16 for int8, as a copy, whatever the backend; ``"rule"`` in
+    every group identifies its rule, and ``"step"`` counts the steps it has taken. ``optimizer.state`` holds the state
     in the private layout of the backend, and ``"rule"`` in ``optimizer.param_groups`` is the module.
 
     Args:
@@ -64,7 +64,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rounding_seed: with it, with the number of the group and with ``"step"`` the random numbers are the
             same again, on the same type of device.
         backend: name of a backend, or ``None`` for the fastest that works on each parameter.
-        state_dtype: float32, float16 or bfloat16, how the state is stored between steps.
+        state_dtype: how the state is stored between steps: float32, float16, bfloat16, or int8 with a scale for every
+            16 numbers, in 8.5 bits each.
 
     The cost of ``max_update_norm``, and of ``stochastic_rounding`` for 16-bit parameters: parameters are stepped
     in a copy, which is kept, in float32 (float64 for those of float64), with their gradients in that dtype. For
@@ -101,7 +102,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         backend: str | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        _check_state_dtype(state_dtype)
+        check_state_dtype(state_dtype)
         self.backend = backend
         self._state_dtype = state_dtype
         self._forget()
@@ -423,7 +424,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Store the state as ``state_dtype`` from now on, what there is of it rounded to nearest, in place.
 
         Args:
-            state_dtype: float32, float16 or bfloat16.
+            state_dtype: float32, float16, bfloat16 or int8.
 
         Raises:
             TypeError: if it is another dtype.
@@ -438,12 +439,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._state_dtype = state_dtype
 
     def _check_conversion(self, state_dtype: torch.dtype) -> None:
-        _check_state_dtype(state_dtype)
+        check_state_dtype(state_dtype)
         for param, entry in self.state.items():
             if "lstm" not in entry:
                 continue
             state = self._unpack(entry)
-            if (state.isfinite() & ~state.to(state_dtype).isfinite()).any():
+            if overflows(state_dtype, state):
                 raise ValueError(
                     f"the state of a parameter of shape {tuple(param.shape)} reaches {state.abs().max()}, too large "
                     f"for {state_dtype}; keep {self.state_dtype} or take torch.bfloat16"
@@ -554,7 +555,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"the state of parameter {key} must have shape {expected} for a parameter of shape "
                 f"{tuple(param.shape)}, got {tuple(state.shape)}; build the model of the checkpoint"
             )
-        if state.dtype not in _STATE_DTYPES or torch.promote_types(state.dtype, self.state_dtype) != self.state_dtype:
+        if not holds(self.state_dtype, state.to_local() if sharding.is_sharded(state) else state):
             raise TypeError(
                 f"the state of parameter {key} is {state.dtype}, which state_dtype={self.state_dtype} can't hold "
                 f"exactly; build the optimizer with the checkpoint's dtype, load, and call "
@@ -623,8 +624,3 @@ def _check_entry(key: Any, entry: Mapping[str, Any]) -> None:
 def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of the state less what :class:`LearnedOptimizer` keeps there."""
     return {key: value for key, value in entry.items() if key not in ("lstm", "layout", "shape", "id")}
-
-
-def _check_state_dtype(state_dtype: Any) -> None:
-    if state_dtype not in _STATE_DTYPES:
-        raise TypeError(f"state_dtype must be one of {', '.join(map(str, _STATE_DTYPES))}, got {state_dtype!r}")

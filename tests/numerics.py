@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,23 @@ def assert_as_good_as_eager(name: str, actual: Tensor, eager32: Tensor, exact64:
             f"{eager_error.max().item():.3e} + 1 ulp of {scale:.3e}; at {at}: {actual[at].item():.9g}, "
             f"expected {exact64[at].item():.9g}, eager {eager32[at].item():.9g}"
         )
+
+
+def in_storage(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is read back of ``state [N, ...]`` after it has been stored as ``dtype``: bfloat16 for int8."""
+    return in_int8(state)[0] if dtype == torch.int8 else state.to(dtype)
+
+
+def in_int8(state: Tensor) -> tuple[Tensor, Tensor]:
+    """What is read back of ``state [N, ...]`` in bfloat16, and the steps ``[N, ...]`` between numbers it is made of."""
+    values, steps = state.double().clone(), torch.zeros(state.shape, dtype=torch.float64)
+    for start in range(0, len(values), 16):
+        value, step = values[start : start + 16], steps[start : start + 16]
+        finite = value.isfinite()
+        _, exponent = np.frexp(torch.where(finite, value.abs(), 0).amax(0).numpy())
+        step[:] = torch.from_numpy(np.ldexp(1.0, exponent - 7)).clamp(min=2.0**-126)
+        value.copy_(torch.where(finite, (value / step).round().clamp(-127, 127) * step, torch.nan))
+    return values.to(torch.bfloat16), steps
 
 
 def ulps_apart(actual: Tensor, expected: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from l2l_fast import CoordinatewiseLSTM, Identity, LogAndSign
 from l2l_fast.backends import Backend, get
 from l2l_fast.optim import LearnedOptimizer
+from l2l_fast.storage import public_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +61,7 @@ def test_update_is_large_enough_to_test_with(rule: CoordinatewiseLSTM, generator
     assert (params[0] - before).abs().median() > 0.01
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(
     backend: Backend,
@@ -79,7 +80,7 @@ def test_dtypes(
         loop.step(grads)
     assert_params_close(params, loop, state_dtype)
     assert {p.dtype for p in params} == {dtype}
-    assert {state.dtype for state in states_of(optimizer)} == {state_dtype}
+    assert {state.dtype for state in states_of(optimizer)} == {public_dtype(state_dtype)}
 
 
 def test_mixed_dtypes_in_one_group(rule: CoordinatewiseLSTM, generator: torch.Generator) -> None:

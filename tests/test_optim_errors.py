@@ -151,9 +151,11 @@ def test_parameter_twice_in_a_group(optimizer: LearnedOptimizer) -> None:
         optimizer.add_param_group({"params": [param, param]})
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float64, torch.int8, "float32"])
+@pytest.mark.parametrize("state_dtype", [torch.float64, torch.uint8, "float32"])
 def test_bad_state_dtype(params: list[nn.Parameter], rule: CoordinatewiseLSTM, state_dtype: Any) -> None:
-    with pytest.raises(TypeError, match=r"state_dtype must be one of torch.float32, torch.float16, torch.bfloat16"):
+    with pytest.raises(
+        TypeError, match=r"state_dtype must be one of torch.float32, torch.float16, torch.bfloat16, torch.int8"
+    ):
         LearnedOptimizer(params, rule, state_dtype=state_dtype)
 
 
@@ -351,6 +353,8 @@ def test_parameter_without_an_entry_starts_afresh(
         (torch.float32, torch.bfloat16),
         (torch.float16, torch.bfloat16),
         (torch.bfloat16, torch.float16),
+        (torch.float32, torch.int8),
+        (torch.bfloat16, torch.int8),
     ],
 )
 def test_state_would_lose_digits(

@@ -24,7 +24,7 @@ from l2l_fast.optim import LearnedOptimizer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = [(), (7,), (0,), (3, 5), (40,)]
-STORAGE = [torch.float32, torch.float16, torch.bfloat16]
+STORAGE = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_moves_between_backends(
     assert_params_close(moved.param_groups[0]["params"], loop, state_dtype)
 
 
-@pytest.mark.parametrize("saved_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("saved_dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
 def test_state_widens_without_loss(
     rule: CoordinatewiseLSTM, generator: torch.Generator, saved_dtype: torch.dtype
 ) -> None:
@@ -302,12 +302,13 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_continue_alike(
-    backend: Backend, rule: CoordinatewiseLSTM, generator: torch.Generator, name: str
+    backend: Backend, rule: CoordinatewiseLSTM, generator: torch.Generator, name: str, state_dtype: torch.dtype
 ) -> None:
     params = make_params(SHAPES, generator)
-    optimizer = LearnedOptimizer(params, rule, lr=0.5, backend=backend.name, state_dtype=torch.float16)
+    optimizer = LearnedOptimizer(params, rule, lr=0.5, backend=backend.name, state_dtype=state_dtype)
     run(optimizer, generator)
     twin_params, twin = COPIES[name]((params, optimizer))
     assert all(a is b for a, b in zip(twin.param_groups[0]["params"], twin_params, strict=True))

@@ -133,10 +133,10 @@ def contents(optimizer: LearnedOptimizer) -> list[Tensor]:
     return [whole(tensor) for tensor in (*params_of(optimizer), *states_of(optimizer))]
 
 
-def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 0.0) -> None:
     assert len(actual) == len(expected) > 0
     for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -171,6 +171,10 @@ def sharded_and_plain(**options: Any) -> tuple[nn.Module, LearnedOptimizer, Lear
     return model, make_optimizer(model.parameters(), **options), make_optimizer(make_model().parameters(), **options)
 
 
+# In int8 the coordinates that share a scale are those that a rank has in a row, so that a step depends on the sharding:
+# by some steps of the state, 1/64 to 1/128 of the largest of 16 numbers.
+INT8_TOLERANCE = 0.05
+
 # ---- steps ----
 
 
@@ -185,16 +189,18 @@ def step_as_one_process(backend: str, state_dtype: torch.dtype) -> None:
             states_of(sharded)
         take_steps(plain, range(step, step + 1))
     # The matrix products of the reference may round otherwise for another number of rows.
-    assert_same_shares(sharded, plain, 0.0 if backend == "cpu" else 1e-5)
+    tolerances = {"cpu": (0.0, 0.0), "reference": (1e-5, 1e-2)}[backend]
+    before, after = (INT8_TOLERANCE, INT8_TOLERANCE) if state_dtype == torch.int8 else tolerances
+    assert_same_shares(sharded, plain, before)
     for optimizer in (sharded, plain):
         optimizer.convert_state(torch.bfloat16)
-    assert_same_shares(sharded, plain, 0.0 if backend == "cpu" else 1e-2)
+    assert_same_shares(sharded, plain, after)
     assert_placed_alike(sharded)
 
 
 @pytest.mark.parametrize(
     ("backend", "state_dtype"),
-    [("cpu", torch.float32), ("cpu", torch.float16), ("reference", torch.float32)],
+    [("cpu", torch.float32), ("cpu", torch.float16), ("cpu", torch.int8), ("reference", torch.float32)],
     ids=str,
 )
 def test_steps_of_fsdp(ranks: Ranks, backend: str, state_dtype: torch.dtype) -> None:
@@ -457,40 +463,51 @@ def load(model: nn.Module, optimizer: LearnedOptimizer, folder: Path) -> None:
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
-def model_and_optimizer(seed: int = 0) -> tuple[nn.Module, LearnedOptimizer]:
+def model_and_optimizer(seed: int = 0, **options: Any) -> tuple[nn.Module, LearnedOptimizer]:
     model = make_model(seed)
     if dist.is_initialized():
         fully_shard(model)
-    return model, make_optimizer(model.parameters())
+    return model, make_optimizer(model.parameters(), **options)
 
 
-def run_and_save(folder: Path) -> None:
-    model, optimizer = model_and_optimizer()
+def run_and_save(folder: Path, state_dtype: torch.dtype) -> None:
+    model, optimizer = model_and_optimizer(state_dtype=state_dtype)
     take_steps(optimizer, range(3))
     save(model, optimizer, folder)
 
 
-def load_and_run(folder: Path) -> None:
-    model, optimizer = model_and_optimizer(seed=9)
+def load_and_run(folder: Path, state_dtype: torch.dtype) -> None:
+    model, optimizer = model_and_optimizer(seed=9, state_dtype=state_dtype)
     load(model, optimizer, folder)
     take_steps(optimizer, range(3, 5))
-    uninterrupted = make_optimizer(make_model().parameters())
+    uninterrupted = make_optimizer(make_model().parameters(), state_dtype=state_dtype)
     take_steps(uninterrupted, range(5))
+    tolerance = INT8_TOLERANCE if state_dtype == torch.int8 else 0.0
     if dist.is_initialized():
-        assert_same_shares(optimizer, uninterrupted)
+        assert_same_shares(optimizer, uninterrupted, tolerance)
     else:
-        assert_same(contents(optimizer), contents(uninterrupted))
+        assert_same(contents(optimizer), contents(uninterrupted), tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # which is what one process means
-@pytest.mark.parametrize(("saved", "loaded"), [(4, 4), (4, 2), (4, 1), (2, 4), (1, 4)])
-def test_resume_on_another_number_of_ranks(two: Ranks, four: Ranks, tmp_path: Path, saved: int, loaded: int) -> None:
+@pytest.mark.parametrize(
+    ("saved", "loaded", "state_dtype"),
+    [
+        *((saved, loaded, torch.float32) for saved, loaded in ((4, 4), (4, 2), (4, 1), (2, 4), (1, 4))),
+        (4, 2, torch.int8),
+        (2, 1, torch.int8),
+    ],
+    ids=str,
+)
+def test_resume_on_another_number_of_ranks(
+    two: Ranks, four: Ranks, tmp_path: Path, saved: int, loaded: int, state_dtype: torch.dtype
+) -> None:
     """As if nothing had happened, and as one process would have gone on."""
     for count, function in ((saved, run_and_save), (loaded, load_and_run)):
         if count == 1:
-            function(tmp_path)
+            function(tmp_path, state_dtype)
         else:
-            on_all({2: two, 4: four}[count], function, tmp_path)
+            on_all({2: two, 4: four}[count], function, tmp_path, state_dtype)
 
 
 def pass_on(options: StateDictOptions) -> None:

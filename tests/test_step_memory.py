@@ -53,7 +53,7 @@ def test_the_first_step_makes_the_state(generator: torch.Generator) -> None:
     assert allocated(optimizer.step) >= 320 * sum(param.numel() for param in params)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tensor_is_made(generator: torch.Generator, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     _, optimizer = prepared(generator, dtype, state_dtype=state_dtype, weight_decay=0.1, skip_nonfinite=True)

@@ -32,7 +32,8 @@ class Backend(Protocol):
     """What an implementation of the rule provides. All tensors of a call are on one device.
 
     Shapes: ``weights [P]``, ``grad [N]``, ``state [N, 2, 2, H]`` (layer; h, c; unit). A *packed*
-    state holds the same numbers in the backend's own layout, with any storage dtype.
+    state holds the same numbers in the backend's own layout, with any storage dtype: float32, float16, bfloat16, or
+    int8 as :mod:`l2l_fast.int8` defines it.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Backend(Protocol):
         """``state [N, 2, 2, H]`` packed and stored as ``dtype``; a copy."""
 
     def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
-        """The packed state of ``n`` coordinates as ``[N, 2, 2, H]`` in its storage dtype; a copy."""
+        """The packed state of ``n`` coordinates as ``[N, 2, 2, H]``, a copy in its storage dtype, bfloat16 for int8."""
 
     def step_(
         self,
@@ -72,7 +73,8 @@ class Backend(Protocol):
             grads: contiguous, like ``params`` in shape and dtype; left as they are.
             states: packed, one per parameter, all of one storage dtype, changed in place.
             maximize: feed the rule the negated gradient.
-            skip_nonfinite: leave parameter and state untouched where the gradient is not finite.
+            skip_nonfinite: leave parameter and state untouched where the gradient is not finite; an int8 state is
+                stored again beside its neighbours' new ones.
         """
 
     def step(self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2l_fast import int8
 from l2l_fast.spec import RuleSpec
 
 _IMPORT_ERROR = ""
@@ -52,7 +53,8 @@ class CPUBackend:
     """Calls :mod:`l2l_fast._C`.
 
     The packed state is ``[ceil(N / 16), 80, 16]``: tiles of 16 coordinates, in which the rows h1, c1,
-    h2, c2 of 20 units each run along the coordinates; coordinates that pad the last tile hold no meaning.
+    h2, c2 of 20 units each run along the coordinates; coordinates that pad the last tile hold no meaning. In int8 it
+    is that of :func:`l2l_fast.int8.pack`.
     """
 
     name = "cpu"
@@ -72,9 +74,13 @@ class CPUBackend:
         return _C.Weights(_array(weights.to(torch.float32)), spec.log_p, spec.output_scale)
 
     def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if dtype == torch.int8:
+            return int8.init(n, 4 * spec.hidden_size, device)
         return torch.zeros(-(-n // _C.TILE), 4 * spec.hidden_size, _C.TILE, dtype=dtype, device=device)
 
     def pack_state(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.int8:
+            return int8.pack(state)
         n, tile = state.shape[0], _C.TILE
         rows = state.detach().reshape(n, 4 * state.shape[-1])
         packed = torch.zeros(-(-n // tile), rows.shape[1], tile, dtype=dtype, device=state.device)
@@ -85,6 +91,8 @@ class CPUBackend:
         return packed
 
     def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
+        if packed.dtype == torch.int8:
+            return int8.unpack(packed, n, 4 * spec.hidden_size)
         # The explicit copy matters for a single tile, of which a reshape would be a view.
         rows = packed.transpose(1, 2).contiguous().view(-1, packed.shape[1])
         return rows[:n].view(n, 2, 2, spec.hidden_size)
@@ -190,6 +198,7 @@ _CODES = (
         torch.float32: _C.FLOAT32,
         torch.float16: _C.FLOAT16,
         torch.bfloat16: _C.BFLOAT16,
+        torch.int8: _C.INT8,
     }
 )
 

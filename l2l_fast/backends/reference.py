@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from l2l_fast import reference
+from l2l_fast import int8, reference
 from l2l_fast.spec import RuleSpec
 
 _P = ParamSpec("_P")
@@ -28,7 +28,7 @@ def _plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 class ReferenceBackend:
-    """Runs :mod:`l2l_fast.reference`. Its packed state is the public layout ``[N, 2, 2, H]``."""
+    """Runs :mod:`l2l_fast.reference`. Its packed state is the public one, and that of :mod:`l2l_fast.int8` in int8."""
 
     name = "reference"
 
@@ -41,13 +41,15 @@ class ReferenceBackend:
         return weights.detach()
 
     def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if dtype == torch.int8:
+            return int8.init(n, 4 * spec.hidden_size, device)
         return torch.zeros(n, 2, 2, spec.hidden_size, dtype=dtype, device=device)
 
     def pack_state(self, state: Tensor, dtype: torch.dtype) -> Tensor:
-        return state.detach().to(dtype, copy=True).contiguous()
+        return int8.pack(state) if dtype == torch.int8 else state.detach().to(dtype, copy=True).contiguous()
 
     def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
-        return packed.clone()
+        return int8.unpack(packed, n, 4 * spec.hidden_size) if packed.dtype == torch.int8 else packed.clone()
 
     @_plain
     def step_(
@@ -63,17 +65,20 @@ class ReferenceBackend:
         maximize: bool = False,
         skip_nonfinite: bool = False,
     ) -> None:
-        for param, grad, state in zip(params, grads, states, strict=True):
+        for param, grad, stored in zip(params, grads, states, strict=True):
             flat, grad = param.view(-1), grad.reshape(-1)
+            narrow = stored.dtype == torch.int8
+            state = int8.unpack(stored, len(flat), 4 * spec.hidden_size) if narrow else stored
             update, new_state = reference.step(spec, prepared, -grad if maximize else grad, state)
             new_param = (flat.to(update.dtype) * (1 - lr * weight_decay) + lr * update).to(param.dtype)
-            new_state = new_state.to(state.dtype)
+            if not narrow:
+                new_state = new_state.to(state.dtype)
             if skip_nonfinite:
                 keep = ~grad.isfinite()
                 new_param = torch.where(keep, flat, new_param)
                 new_state = torch.where(keep.view(-1, 1, 1, 1), state, new_state)
             flat.copy_(new_param)
-            state.copy_(new_state)
+            stored.copy_(int8.pack(new_state) if narrow else new_state)
 
     @_plain
     def step(self, spec: RuleSpec, weights: Tensor, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

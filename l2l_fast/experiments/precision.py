@@ -2,7 +2,7 @@
 
 Everything but the storage is exact: the reference in float64, on gradients that do not depend on the parameters, so
 that a rounding is not amplified or damped by a loss. The storage dtypes of the optimizer are measured on the backends
-as well, float32 arithmetic included. Forms below 16 bits exist only here: no backend stores them.
+as well, float32 arithmetic included. Of the forms below 16 bits they store one, int8; the others exist only here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l2l_fast import reference
+from l2l_fast import int8, reference
 from l2l_fast.backends import backends
 from l2l_fast.experiments.progress import progress
 from l2l_fast.optim import LearnedOptimizer
@@ -27,7 +27,7 @@ MARKS = (100, 300, 1000)
 FLOAT16_BOUND = 4e-3  # of a float16 state, at 300 steps
 NARROW_BOUND = 3 * FLOAT16_BOUND  # what a form of fewer bits has to stay below to be worth its kernels
 
-TILE = 16  # coordinates that share a scale, as they lie together in the layout of the CPU backend
+TILE = int8.TILE  # coordinates that share a scale
 
 Round = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -65,6 +65,11 @@ def _scaled(largest: float, dim: int, stored: Round) -> Round:
     return round_
 
 
+def _int8(state: Tensor, _: torch.Generator) -> Tensor:
+    """As the backends store it, with a power of 2 for the scale."""
+    return int8.unpack(int8.pack(state), len(state), state[0].numel()).double()
+
+
 def _nearest(numbers: Tensor, _: torch.Generator) -> Tensor:
     return numbers.round()
 
@@ -92,13 +97,14 @@ def _hidden_only(stored: Round) -> Round:
 
 _UNITS = 20
 _BY_TILE, _BY_COORDINATE = 1, 4  # the dimension that shares a scale
-_TILE_BITS, _COORDINATE_BITS = 8 + 16 / TILE, 8 + 16 / _UNITS
+_INT8_BITS, _TILE_BITS, _COORDINATE_BITS = 8 + 8 / TILE, 8 + 16 / TILE, 8 + 16 / _UNITS
 _E4M3 = torch.float8_e4m3fn
 
 FORMS = (
     Form("float32", 32, _cast(torch.float32)),
     Form("float16", 16, _cast(torch.float16)),
     Form("bfloat16", 16, _cast(torch.bfloat16)),
+    Form("int8", _INT8_BITS, _int8),
     Form("h int8, c float16", 12, _hidden_only(lambda h, g: _nearest(127 * h, g) / 127)),
     Form("h e4m3, c float16", 12, _hidden_only(_cast(_E4M3))),
     Form("e4m3", 8, _cast(_E4M3)),
@@ -110,7 +116,8 @@ FORMS = (
     Form("int8/tile, dither", _TILE_BITS, _scaled(127, _BY_TILE, _dithered)),
 )
 
-STORAGE = (torch.float32, torch.float16, torch.bfloat16)
+# What the backends store, under the name of the form.
+STORAGE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,7 @@ def measure(
     if coordinates % TILE:
         raise ValueError(f"coordinates must be a multiple of {TILE}, which share a scale, got {coordinates}")
     chosen = rules() if chosen is None else chosen
+    bits = {form.name: form.bits for form in FORMS}
     marks, grads = _marks(steps), _gradients(steps, coordinates, seed)
     found = []
     total = len(chosen) * steps * (1 + len(measurable_backends()) * len(STORAGE))
@@ -230,14 +238,13 @@ def measure(
                 moved = {step: params[index] for step, params in at.items()}
                 found.append(_drift(name, "exact", form.name, form.bits, moved, exact))
             for backend in measurable_backends():
-                for dtype in STORAGE:
+                for form_name, dtype in STORAGE.items():
                     moved = {}
                     for step, param in enumerate(optimize(rule, backend, dtype, grads), 1):
                         advance()
                         if step in marks:
                             moved[step] = param
-                    form_name = str(dtype).removeprefix("torch.")
-                    found.append(_drift(name, backend, form_name, 8 * dtype.itemsize, moved, exact))
+                    found.append(_drift(name, backend, form_name, bits[form_name], moved, exact))
     return found
 
 
