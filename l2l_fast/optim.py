@@ -20,12 +20,13 @@ from torch.utils.hooks import RemovableHandle
 from l2l_fast import sharding
 from l2l_fast.backends import get
 from l2l_fast.batch import Batch, StagedBatch, Workspace, step_all
+from l2l_fast.loading import check_entry, checked_params
 from l2l_fast.options import OFF, Options, read_options
 from l2l_fast.patterns import groups_by_pattern
 from l2l_fast.prepared import Layout, PreparedRule, Runner, fingerprint
 from l2l_fast.rounding import ROUNDED
 from l2l_fast.rule import CoordinatewiseLSTM, as_rule
-from l2l_fast.storage import check_state_dtype, holds, overflows
+from l2l_fast.storage import check_state_dtype, overflows
 
 _PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -487,14 +488,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rules = [group["rule"] for group in self.param_groups]
 
         def take(_: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
-            params = self._checked_params(state_dict)
+            params = checked_params(state_dict, self.param_groups, self._sync_rules())
             rest = {}
             for key, entry in state_dict["state"].items():
-                if key in params:
-                    _check_entry(key, entry)
-                if key in params and "lstm" in entry:
+                if key in params and entry:
                     param, rule = params[key]
-                    self._check_state(key, param, entry["lstm"], rule.rule.spec.hidden_size)
+                    check_entry(key, entry, param, rule.rule.spec, self.state_dtype)
                     entries[param] = self._pack(param, entry["lstm"], rule)
                 rest[key] = _without_packed(entry) if key in params else entry
             return {**state_dict, "state": rest}
@@ -512,56 +511,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self.register_load_state_dict_post_hook(install, prepend=True),
         ):
             super().load_state_dict(state_dict)
-
-    def _checked_params(self, state_dict: StateDict) -> dict[Any, tuple[Tensor, PreparedRule]]:
-        """Parameters and their rules by their key in ``state_dict``, after its groups have been checked."""
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(
-                f"an optimizer's state dict has the keys 'state' and 'param_groups', got {sorted(map(str, state_dict))}"
-            )
-        groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        found = [len(group["params"]) for group in groups]
-        if found != sizes:
-            raise ValueError(
-                f"the state dict has parameter groups of {found} parameters, this optimizer of {sizes}; build it "
-                "with the same groups"
-            )
-        rules = self._sync_rules()
-        for number, (group, rule) in enumerate(zip(groups, rules, strict=True)):
-            runs = fingerprint(rule.rule)
-            if group.get("rule") != runs:
-                raise ValueError(
-                    f"group {number} of the state dict was written with the rule "
-                    f"[{group.get('rule', 'none: by another optimizer')}], this optimizer runs [{runs}]; build it "
-                    "with the rule of the checkpoint or start afresh"
-                )
-            missing = {"lr", "weight_decay"} - group.keys()
-            if missing:
-                raise ValueError(f"group {number} of the state dict lacks {', '.join(sorted(missing))}")
-            read_options({**OFF, **group})
-        keys = chain.from_iterable(group["params"] for group in groups)
-        params = [
-            (param, rule) for group, rule in zip(self.param_groups, rules, strict=True) for param in group["params"]
-        ]
-        return dict(zip(keys, params, strict=True))
-
-    def _check_state(self, key: Any, param: Tensor, state: Any, hidden_size: int) -> None:
-        if not isinstance(state, Tensor):
-            raise TypeError(f"the state of parameter {key} must be a tensor, got {type(state).__name__}")
-        expected = (*param.shape, 2, 2, hidden_size)
-        if tuple(state.shape) != expected:
-            raise ValueError(
-                f"the state of parameter {key} must have shape {expected} for a parameter of shape "
-                f"{tuple(param.shape)}, got {tuple(state.shape)}; build the model of the checkpoint"
-            )
-        if not holds(self.state_dtype, state.to_local() if sharding.is_sharded(state) else state):
-            raise TypeError(
-                f"the state of parameter {key} is {state.dtype}, which state_dtype={self.state_dtype} can't hold "
-                f"exactly; build the optimizer with the checkpoint's dtype, load, and call "
-                f"convert_state({self.state_dtype}) if digits may go"
-            )
-        sharding.check_state(key, param, state)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a deep copy holds: states in the public layout, as another machine may read them."""
@@ -610,15 +559,6 @@ def _makes_states(batches: list[Batch]) -> bool:
     everywhere = any(batch.options.limit is not None for batch in batches)
     rests = [batch.rests(everywhere=everywhere) for batch in batches]
     return all(rests)
-
-
-def _check_entry(key: Any, entry: Mapping[str, Any]) -> None:
-    """Refuse an entry of a state dict that has something, but no state of the rule; an empty one starts afresh."""
-    if entry and "lstm" not in entry:
-        raise ValueError(
-            f"the state of parameter {key} has {', '.join(map(repr, entry))} but no 'lstm', the state of the rule; "
-            "take the entry out to start the parameter afresh"
-        )
 
 
 def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:

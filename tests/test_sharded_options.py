@@ -381,7 +381,7 @@ def draw_beside_whole_parameters() -> None:
             param.grad = torch.zeros_like(param)
         optimizer.step()
         ends.append([param.detach() for param in plain])
-    assert_same(*ends)
+    assert_same(ends[0], ends[1])
     assert all(((param > 1).any() and (param == 1).any()) for param in ends[1])
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, ends[1])
