@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from l2l_fast import load_rule
 from l2l_fast.cli.app import app
-from l2l_fast.experiments import precision, tables
+from l2l_fast.experiments import precision, state_losses, tables
 from l2l_fast.experiments.precision import FLOAT16_BOUND, FORMS, NARROW_BOUND, Form
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,15 +109,31 @@ def test_tiles_have_to_be_whole() -> None:
         precision.measure(coordinates=17)
 
 
+def test_losses_of_narrow_states() -> None:
+    """All forms are told apart, none is far from float32, and a rule that runs does better than one that rests."""
+    losses = {loss.form: loss for loss in state_losses.measure(runs={"quadratic": 64}, steps=30)}
+    assert list(losses) == list(precision.STORAGE)
+    exact = losses["float32"]
+    assert exact.difference == exact.difference_error == 0
+    for form, loss in losses.items():
+        assert math.isclose(loss.loss, exact.loss + loss.difference, rel_tol=1e-4)
+        assert (form == "float32") == (loss.difference_error == 0)
+        assert abs(loss.difference) < 0.2 * exact.loss
+    (start,) = {loss.loss for loss in state_losses.measure(runs={"quadratic": 64}, steps=1)}
+    assert exact.loss < 0.2 * start
+
+
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "available_rules", lambda: ("quadratic",))
+    monkeypatch.setattr(state_losses, "RUNS", {"quadratic": 8})
     path = tmp_path / "new" / "precision.json"
     result = CliRunner().invoke(app, ["precision", "--coordinates", "16", "--steps", "2", "--json", str(path)])
     assert result.exit_code == 0, result.output
-    for expected in ("rule fresh", "rule quadratic", "e4m3", "bfloat16", "wrote"):
+    for expected in ("rule fresh", "rule quadratic", "e4m3", "bfloat16", "int8", "own problems", "wrote"):
         assert expected in result.output
     written = json.loads(path.read_text())
     assert {drift["rule"] for drift in written["drifts"]} == {"fresh", "fresh, forget bias 3", "quadratic"}
+    assert {loss["form"] for loss in written["losses"]} == set(precision.STORAGE)
     assert written["steps"] == 2
     assert written["machine"]["torch"] == torch.__version__
     wrong = CliRunner().invoke(app, ["precision", "--coordinates", "17"])

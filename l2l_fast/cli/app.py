@@ -18,7 +18,7 @@ from l2l_fast.cli.evaluate import evaluate
 from l2l_fast.cli.figure import figure
 from l2l_fast.cli.reproduce import reproduce, tune_teacher
 from l2l_fast.cli.train import train
-from l2l_fast.experiments import cost_model, numerics, precision, speed, tables
+from l2l_fast.experiments import cost_model, numerics, precision, speed, state_losses, tables
 from l2l_fast.experiments import demo as demonstration
 from l2l_fast.experiments import kernels as kernel_analysis
 from l2l_fast.experiments.machine import instruction_sets, machine
@@ -108,16 +108,18 @@ def precision_(
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="File for all numbers.")] = None,
     threads: Threads = None,
 ) -> None:
-    """How far parameters drift when the state is stored in fewer bits, also in forms that no backend has."""
+    """What a state stored in fewer bits does: how far parameters drift, and what loss shipped rules reach."""
     if json is not None:
         prepare_folder(json.parent)
     set_threads(threads)
     drifts = precision.measure(coordinates=coordinates, steps=steps)
     for rule in dict.fromkeys(drift.rule for drift in drifts):
         console.print(tables.precision_table([drift for drift in drifts if drift.rule == rule]))
+    losses = state_losses.measure()
+    console.print(tables.state_losses_table(losses))
     if json is not None:
-        facts = {"coordinates": coordinates, "steps": steps, "machine": machine()}
-        write_json(json, {"drifts": [asdict(drift) for drift in drifts], **facts})
+        measured = {"drifts": [asdict(drift) for drift in drifts], "losses": [asdict(loss) for loss in losses]}
+        write_json(json, {**measured, "coordinates": coordinates, "steps": steps, "machine": machine()})
         print_written(json)
 
 

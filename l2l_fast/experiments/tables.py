@@ -16,6 +16,7 @@ from l2l_fast.experiments.kernels import Analysis
 from l2l_fast.experiments.numerics import Comparison
 from l2l_fast.experiments.precision import FLOAT16_BOUND, NARROW_BOUND, Drift
 from l2l_fast.experiments.speed import Timing
+from l2l_fast.experiments.state_losses import StateLoss
 from l2l_fast.meta import Diagnosis, SearchResult
 from l2l_fast.meta.diagnostics import Histogram
 from l2l_fast.spec import LogAndSign, Preprocess
@@ -157,6 +158,22 @@ def precision_table(drifts: Sequence[Drift]) -> Table:
     for one in drifts:
         cells = [f"{value:.1e}" for value in (*one.drift.values(), one.spread[last])]
         table.add_row(one.backend, one.form, f"{one.bits:g}", *cells)
+    return table
+
+
+def state_losses_table(losses: Sequence[StateLoss]) -> Table:
+    """What loss rules reach under each form of storing the state."""
+    table = _table(
+        "loss of shipped rules on their own problems",
+        caption="mean and standard error; difference to float32 on the same functions and minibatches",
+    )
+    for column in ("rule", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("loss", "difference"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in losses:
+        difference = "" if one.form == "float32" else f"{one.difference:+.4f} ± {one.difference_error:.4f}"
+        table.add_row(one.rule, one.form, f"{one.loss:.4f} ± {one.error:.4f}", difference)
     return table
 
 
