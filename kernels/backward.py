@@ -132,11 +132,11 @@ def _add(sums, head, tail):
 @triton.jit
 def _store_state(slot, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail):
     """Leave the state of a tile in a slot of the scratch."""
-    store_plane(slot, h1, 0, True)
-    store_plane(slot, c1, 1, True)
-    store_plane(slot, h2, 2, True)
-    store_plane(slot, c2, 3, True)
-    store_tails(slot, h1_tail, c1_tail, h2_tail, c2_tail, True)
+    store_plane(slot, h1, 0)
+    store_plane(slot, c1, 1)
+    store_plane(slot, h2, 2)
+    store_plane(slot, c2, 3)
+    store_tails(slot, h1_tail, c1_tail, h2_tail, c2_tail)
 
 
 @triton.jit
@@ -214,7 +214,7 @@ def backward_kernel(
             d_h = tl.zeros((64, 16), tl.float32)
             d_h_tail = tl.zeros((64, 4), tl.float32)
             d_c, d_c_tail = d_h, d_h_tail
-        h1_tail, _, _, _ = load_tails(slots + steps * _PACKED, True)
+        h1_tail, _, _, _ = load_tails(slots + steps * _PACKED)
         sum_head = tl.zeros((64, 64), tl.float32)
         sum_tail = tl.zeros((64, 16), tl.float32)
         sum_out = tl.zeros((64, 16), tl.float32)
@@ -227,10 +227,10 @@ def backward_kernel(
             slot = slots + t * _PACKED
             d_point += tl.load(point_weights + t) * tl.load(d_points + t * n + coordinate, mask=exists, other=0.0)
             d_output = d_point.to(tl.float32) * scale
-            h1 = load_plane(slot + _PACKED, 0, True)
-            h2 = load_plane(slot, 2, True)
-            c2 = load_plane(slot, 3, True)
-            h1_before_tail, c1_tail, h2_tail, c2_tail = load_tails(slot, True)
+            h1 = load_plane(slot + _PACKED, 0)
+            h2 = load_plane(slot, 2)
+            c2 = load_plane(slot, 3)
+            h1_before_tail, c1_tail, h2_tail, c2_tail = load_tails(slot)
             rest = inputs_2(h1_tail, h2_tail)
             head, tail = _gates_2(h1, h2, rest, w2, w3, w4)
             d_h += d_output[:, None] * out[None, :]
@@ -245,8 +245,8 @@ def backward_kernel(
             high, low, high_tail, low_tail, down = _scaled_gates(d_i, d_f, d_g, d_o, e_i, e_f, e_g, e_o)
             d_below_tail, d_h_tail = _parts(_by_inputs(high, low, high_tail, low_tail, w4) * down)
             d_h = _by_inputs(high, low, high_tail, low_tail, w3) * down
-            store_plane(slot, _by_inputs(high, low, high_tail, low_tail, w2) * down, 2, True)
-            store_tails(slot, h1_before_tail, c1_tail, d_below_tail, c2_tail, True)
+            store_plane(slot, _by_inputs(high, low, high_tail, low_tail, w2) * down, 2)
+            store_tails(slot, h1_before_tail, c1_tail, d_below_tail, c2_tail)
             head, tail = _by_weights(high, low, high_tail, low_tail, h1, h2, rest)
             sum_head += head * down
             sum_tail += tail * down
@@ -277,12 +277,12 @@ def backward_kernel(
             t = steps - 1 - back
             slot = slots + t * _PACKED
             grad = tl.load(grads + t * n + coordinate, mask=exists, other=0.0)
-            h1 = load_plane(slot, 0, True)
-            c1 = load_plane(slot, 1, True)
-            h1_tail, c1_tail, d_above_tail, _ = load_tails(slot, True)
+            h1 = load_plane(slot, 0)
+            c1 = load_plane(slot, 1)
+            h1_tail, c1_tail, d_above_tail, _ = load_tails(slot)
             rest, head, tail = first_inputs(grad, h1_tail, vectors, threshold, p, exp_p, LOG)
             head, tail = _gates_1(h1, rest, w0, w1, head, tail)
-            d_h += load_plane(slot, 2, True)
+            d_h += load_plane(slot, 2)
             d_h_tail += d_above_tail
             i, f, g, o = split_head(head)
             d_i, d_f, d_g, d_o, d_c, _ = cell_backward(i, f, g, o, c1, d_h, d_c, not LOG)

@@ -4,10 +4,12 @@ import triton
 import triton.language as tl
 
 from .cell import cell, features, inputs_1, inputs_2, product, split_head, split_tail
+from .scaled import SCALED_PLANE
 from .tile import load_plane, load_rows, load_tails, store_rows, store_tile_where
 from .weights import load_slice
 
 _PACKED = tl.constexpr(5 * 1024)
+_SCALED_PLANE = tl.constexpr(SCALED_PLANE)
 
 
 @triton.jit
@@ -80,8 +82,11 @@ def step_in_place_kernel(
     ``tiles`` int32 ``[n_tiles, 2]``: tensor of each tile, and which tile of that tensor it is.
     ``PREFETCH``: load layer 2's state ahead of layer 1's work, which hides latency and takes registers.
     """
-    WIDE: tl.constexpr = STATE.primitive_bitwidth == 32
-    TERMS: tl.constexpr = 2 if STATE.is_fp16() else 3
+    INT8: tl.constexpr = STATE == tl.int8
+    TILE_SIZE: tl.constexpr = 5 * _SCALED_PLANE if INT8 else _PACKED
+    TERMS: tl.constexpr = 2 if STATE == tl.float16 or INT8 else 3
+    # What pads a tensor's last tile must not count for the scales of others, and NaN does not.
+    PADDING: tl.constexpr = float("nan") if INT8 else 0.0
     w0 = load_slice(halves, 0)
     w1 = load_slice(halves, 1)
     w2 = load_slice(halves, 2)
@@ -94,25 +99,25 @@ def step_in_place_kernel(
         exists = coordinate < tl.load(entry + 3)
         param = tl.load(entry).to(tl.pointer_type(PARAM)) + coordinate
         grad = tl.load(entry + 1).to(tl.pointer_type(PARAM)) + coordinate
-        state = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(STATE)), 16) + within * _PACKED
+        state = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(STATE)), 16) + within * TILE_SIZE
 
-        g = tl.load(grad, mask=exists, other=0.0).to(tl.float32) * sign
-        h1_tail, c1_tail, h2_tail, c2_tail = load_tails(state, WIDE)
-        h1 = load_plane(state, 0, WIDE)
-        c1 = load_plane(state, 1, WIDE)
+        g = tl.load(grad, mask=exists, other=PADDING).to(tl.float32) * sign
+        h1_tail, c1_tail, h2_tail, c2_tail = load_tails(state)
+        h1 = load_plane(state, 0)
+        c1 = load_plane(state, 1)
         if PREFETCH:
-            h2 = load_plane(state, 2, WIDE)
-            c2 = load_plane(state, 3, WIDE)
+            h2 = load_plane(state, 2)
+            c2 = load_plane(state, 3)
         h1, h1_tail, c1, c1_tail = advance_1(
             g, h1, h1_tail, c1, c1_tail, w0, w1, vectors, threshold, p, exp_p, LOG, TERMS
         )
         if not PREFETCH:
-            h2 = load_plane(state, 2, WIDE)
-            c2 = load_plane(state, 3, WIDE)
+            h2 = load_plane(state, 2)
+            c2 = load_plane(state, 3)
         h2, h2_tail, c2, c2_tail = advance_2(h1, h1_tail, h2, h2_tail, c2, c2_tail, w2, w3, w4, TERMS)
         output = output_layer(h2, h2_tail, vectors)
         keep = tl.abs(g) < float("inf")
-        store_tile_where(state, keep, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail, SKIP_NONFINITE, WIDE)
+        store_tile_where(state, keep, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail, SKIP_NONFINITE)
         if SKIP_NONFINITE:
             exists &= keep
         theta = tl.load(param, mask=exists, other=0.0).to(tl.float32)

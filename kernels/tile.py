@@ -5,13 +5,15 @@ Within a plane the numbers are in the order in which the threads hold them as te
 (most significant first) ``half warp row quad pair bit`` for 32-bit storage and ``warp row quad half pair bit`` for
 16-bit storage, so that 16 bytes in a row belong to one thread. The coordinate is ``16 warp + 8 half + row``, the unit
 ``8 pair + 2 quad + bit``; in the fifth plane ``quad`` is the unit less 16, ``pair`` the layer and ``bit`` tells c
-from h. Loads are whole vectors and nothing moves between threads: no shared memory, no barrier, no padded unit.
+from h. Storage in 8 bits has the order of 16 bits and scales beside it: :mod:`.scaled`. Loads are whole vectors and nothing moves between threads: no shared memory, no barrier, no padded unit.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .scaled import load_scaled, store_scaled
 
 TILE = 64  # coordinates
 PLANE = 1024  # numbers: 64 coordinates x 16 units, or 64 x 4 units x 4
@@ -53,6 +55,16 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 
 
 @triton.jit
+def _load(tile, k: tl.constexpr):
+    """Plane ``k`` of a tile in float32, in its order."""
+    if tile.dtype.element_ty == tl.int8:
+        plane = load_scaled(tile, k)
+    else:
+        plane = tl.load(tile + k * _PLANE + tl.arange(0, _PLANE)).to(tl.float32)
+    return plane
+
+
+@triton.jit
 def _to_rows(plane, WIDE: tl.constexpr):
     """A plane of units 0 to 15 as ``[64, 16]``."""
     if WIDE:
@@ -64,29 +76,30 @@ def _to_rows(plane, WIDE: tl.constexpr):
 
 @triton.jit
 def _from_rows(rows, WIDE: tl.constexpr):
-    """``[64, 16]`` as a plane."""
+    """``[64, 16]`` as a plane, in its order but not flat."""
     x = tl.reshape(rows, (4, 2, 8, 2, 4, 2))
-    x = x.permute(1, 0, 2, 4, 3, 5) if WIDE else x.permute(0, 2, 4, 1, 3, 5)
-    return tl.reshape(x, (1024,))
+    return x.permute(1, 0, 2, 4, 3, 5) if WIDE else x.permute(0, 2, 4, 1, 3, 5)
 
 
 @triton.jit
-def load_plane(tile, k: tl.constexpr, WIDE: tl.constexpr):
+def load_plane(tile, k: tl.constexpr):
     """Plane ``k`` of a tile in float32, ``[64, 16]``."""
-    return _to_rows(tl.load(tile + k * _PLANE + tl.arange(0, _PLANE)).to(tl.float32), WIDE)
+    return _to_rows(_load(tile, k), tile.dtype.element_ty.primitive_bitwidth == 32)
 
 
 @triton.jit
-def store_plane(tile, rows, k: tl.constexpr, WIDE: tl.constexpr):
+def store_plane(tile, rows, k: tl.constexpr):
     """Store ``rows [64, 16]`` as plane ``k`` of a tile, in the tile's dtype."""
-    tl.store(tile + k * _PLANE + tl.arange(0, _PLANE), _from_rows(rows.to(tile.dtype.element_ty), WIDE))
+    dtype = tile.dtype.element_ty
+    plane = _from_rows(rows.to(dtype), dtype.primitive_bitwidth == 32)
+    tl.store(tile + k * _PLANE + tl.arange(0, _PLANE), tl.reshape(plane, (_PLANE,)))
 
 
 @triton.jit
-def load_tails(tile, WIDE: tl.constexpr):
+def load_tails(tile):
     """Units 16 to 19 of ``h1, c1, h2, c2`` in float32, each ``[64, 4]``."""
-    x = tl.load(tile + 4 * _PLANE + tl.arange(0, _PLANE)).to(tl.float32)
-    if WIDE:
+    x = _load(tile, 4)
+    if tile.dtype.element_ty.primitive_bitwidth == 32:
         x = tl.reshape(x, (2, 4, 8, 4, 2, 2)).permute(1, 0, 2, 3, 4, 5)
     else:
         x = tl.reshape(x, (4, 8, 4, 2, 2, 2)).permute(0, 3, 1, 2, 4, 5)
@@ -98,39 +111,46 @@ def load_tails(tile, WIDE: tl.constexpr):
 
 @triton.jit
 def _tails(h1, c1, h2, c2, WIDE: tl.constexpr):
-    """Four ``[64, 4]`` as the fifth plane."""
+    """Four ``[64, 4]`` as the fifth plane, in its order but not flat."""
     x = tl.reshape(tl.join(tl.join(h1, h2), tl.join(c1, c2)), (4, 2, 8, 4, 2, 2))
-    x = x.permute(1, 0, 2, 3, 4, 5) if WIDE else x.permute(0, 2, 3, 1, 4, 5)
-    return tl.reshape(x, (1024,))
+    return x.permute(1, 0, 2, 3, 4, 5) if WIDE else x.permute(0, 2, 3, 1, 4, 5)
 
 
 @triton.jit
-def store_tails(tile, h1, c1, h2, c2, WIDE: tl.constexpr):
+def store_tails(tile, h1, c1, h2, c2):
     """Store units 16 to 19, each ``[64, 4]``, in the tile's dtype."""
     dtype = tile.dtype.element_ty
-    plane = _tails(h1.to(dtype), c1.to(dtype), h2.to(dtype), c2.to(dtype), WIDE)
-    tl.store(tile + 4 * _PLANE + tl.arange(0, _PLANE), plane)
+    plane = _tails(h1.to(dtype), c1.to(dtype), h2.to(dtype), c2.to(dtype), dtype.primitive_bitwidth == 32)
+    tl.store(tile + 4 * _PLANE + tl.arange(0, _PLANE), tl.reshape(plane, (_PLANE,)))
 
 
 @triton.jit
-def store_tile_where(
-    tile, keep, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail, MASKED: tl.constexpr, WIDE: tl.constexpr
-):
-    """Store a whole tile; if ``MASKED``, only the coordinates in ``keep [64]``."""
+def _store_where(tile, plane, keep, k: tl.constexpr, MASKED: tl.constexpr):
+    """Store a plane in its order; if ``MASKED``, only where ``keep``, of the same shape."""
     dtype = tile.dtype.element_ty
-    offsets = tl.arange(0, _PLANE)
-    mask = None
-    mask_tails = None
+    if dtype == tl.int8:
+        # New scales are for all coordinates, so the others are stored again.
+        store_scaled(tile, tl.where(keep, plane, load_scaled(tile, k)) if MASKED else plane, k)
+    else:
+        at = tile + k * _PLANE + tl.arange(0, _PLANE)
+        tl.store(at, tl.reshape(plane.to(dtype), (_PLANE,)), mask=tl.reshape(keep, (_PLANE,)) if MASKED else None)
+
+
+@triton.jit
+def store_tile_where(tile, keep, h1, h1_tail, c1, c1_tail, h2, h2_tail, c2, c2_tail, MASKED: tl.constexpr):
+    """Store a whole tile; if ``MASKED``, only the coordinates in ``keep [64]``."""
+    WIDE: tl.constexpr = tile.dtype.element_ty.primitive_bitwidth == 32
+    keep_rows = None
+    keep_tails = None
     if MASKED:
-        mask = _from_rows(tl.broadcast_to(keep[:, None], (64, 16)), WIDE)
+        keep_rows = _from_rows(tl.broadcast_to(keep[:, None], (64, 16)), WIDE)
         tails = tl.broadcast_to(keep[:, None], (64, 4))
-        mask_tails = _tails(tails, tails, tails, tails, WIDE)
-    tl.store(tile + offsets, _from_rows(h1.to(dtype), WIDE), mask=mask)
-    tl.store(tile + _PLANE + offsets, _from_rows(c1.to(dtype), WIDE), mask=mask)
-    tl.store(tile + 2 * _PLANE + offsets, _from_rows(h2.to(dtype), WIDE), mask=mask)
-    tl.store(tile + 3 * _PLANE + offsets, _from_rows(c2.to(dtype), WIDE), mask=mask)
-    plane = _tails(h1_tail.to(dtype), c1_tail.to(dtype), h2_tail.to(dtype), c2_tail.to(dtype), WIDE)
-    tl.store(tile + 4 * _PLANE + offsets, plane, mask=mask_tails)
+        keep_tails = _tails(tails, tails, tails, tails, WIDE)
+    _store_where(tile, _from_rows(h1, WIDE), keep_rows, 0, MASKED)
+    _store_where(tile, _from_rows(c1, WIDE), keep_rows, 1, MASKED)
+    _store_where(tile, _from_rows(h2, WIDE), keep_rows, 2, MASKED)
+    _store_where(tile, _from_rows(c2, WIDE), keep_rows, 3, MASKED)
+    _store_where(tile, _tails(h1_tail, c1_tail, h2_tail, c2_tail, WIDE), keep_tails, 4, MASKED)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from .backward import backward_kernel
 from .launch import LaunchConfig, backward_config, step_config, step_in_place_config
+from .scaled import SCALED_PLANE, TILE
 from .step import step_in_place_kernel, step_kernel
 
 _STATE = 80  # numbers per coordinate
@@ -56,18 +57,18 @@ def _signature(kernel: Any, constants: dict[str, Any], types: dict[str, str]) ->
 
 
 def _in_place(param: str, state: str, *, log: bool = True, skip_nonfinite: bool = False) -> Variant:
-    dtypes = {"float32": tl.float32, "float16": tl.float16, "bfloat16": tl.bfloat16}
+    dtypes = {"float32": tl.float32, "float16": tl.float16, "bfloat16": tl.bfloat16, "int8": tl.int8}
     constants = {"PARAM": dtypes[param], "STATE": dtypes[state], "LOG": log, "SKIP_NONFINITE": skip_nonfinite}
     types = {"table": "*i64", "tiles": "*i32", "n_tiles": "i32", "halves": "*fp16", "vectors": "*fp32"}
     words = [f"step, {state} state"]
     words += [f"{param} parameters"] * (param != "float32") + ["identity"] * (not log) + ["skip"] * skip_nonfinite
-    size = {"float32": 4, "float16": 2, "bfloat16": 2}
+    stored = {"float32": 4 * _STATE, "float16": 2 * _STATE, "bfloat16": 2 * _STATE, "int8": 5 * SCALED_PLANE // TILE}
     return Variant(
         ", ".join(words),
         step_in_place_kernel,
         _signature(step_in_place_kernel, constants | {"PREFETCH": True}, types),
         constants,
-        2 * _STATE * size[state] + 3 * size[param],
+        2 * stored[state] + 3 * stored[param] // _STATE,
     )
 
 
@@ -106,9 +107,11 @@ def variants() -> list[Variant]:
         _in_place("float32", "float32"),
         _in_place("float32", "float16"),
         _in_place("float32", "bfloat16"),
+        _in_place("float32", "int8"),
         _in_place("float32", "float32", log=False),
         _in_place("float32", "float32", skip_nonfinite=True),
         _in_place("float32", "float16", skip_nonfinite=True),
+        _in_place("float32", "int8", skip_nonfinite=True),
         _out_of_place(),
         _out_of_place(log=False),
         _backward("unroll backward"),

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from l2l_fast import int8
 from l2l_fast.spec import LogAndSign, RuleSpec
 
 _K = TypeVar("_K")
@@ -22,7 +23,7 @@ try:
     import triton
     import triton.language as tl
 
-    from l2l_fast.kernels import backward, launch, step, tile, weights
+    from l2l_fast.kernels import backward, launch, scaled, step, tile, weights
 except ImportError as error:  # not installed: torch's builds without CUDA do not bring it
     _IMPORT_ERROR = str(error)
 
@@ -218,7 +219,11 @@ def _preprocessing(spec: RuleSpec) -> tuple[float, float, float]:
 
 
 class TritonBackend:
-    """Runs :mod:`l2l_fast.kernels`; packed states are ``[ceil(N / 64), 5, 1024]``, see :mod:`l2l_fast.kernels.tile`."""
+    """Runs :mod:`l2l_fast.kernels`.
+
+    Packed states are ``[ceil(N / 64), 5, 1024]``, see :mod:`l2l_fast.kernels.tile`; in int8 they are
+    ``[ceil(N / 64), 5, 1088]``, see :mod:`l2l_fast.kernels.scaled`.
+    """
 
     name = "triton"
 
@@ -256,13 +261,18 @@ class TritonBackend:
             raise RuntimeError(
                 "a CUDA graph that makes a parameter's state resets it at every replay; take a step before capture"
             )
-        return torch.zeros(-(-n // tile.TILE), 5, tile.PLANE, dtype=dtype, device=device)
+        plane = scaled.SCALED_PLANE if dtype == torch.int8 else tile.PLANE
+        return torch.zeros(-(-n // tile.TILE), 5, plane, dtype=dtype, device=device)
 
     def pack_state(self, state: Tensor, dtype: torch.dtype) -> Tensor:
-        packed: Tensor = tile.pack(state.detach(), dtype)
+        packed: Tensor = (
+            scaled.pack(*int8.encode(state)) if dtype == torch.int8 else tile.pack(state.detach(), dtype)
+        )
         return packed
 
     def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
+        if packed.dtype == torch.int8:
+            return int8.decode(*scaled.unpack(packed), n)
         state: Tensor = tile.unpack(packed, n)
         return state
 
@@ -429,7 +439,14 @@ def _capability_or_newest(device: torch.device) -> int:
 
 
 _TRITON_DTYPES: dict[torch.dtype, Any] = (
-    {} if _IMPORT_ERROR else {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    {}
+    if _IMPORT_ERROR
+    else {
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.int8: tl.int8,
+    }
 )
 
 BACKEND = TritonBackend()
