@@ -16,18 +16,20 @@ from shapes import MODELS
 from torch import Tensor
 
 import l2l_fast
-from l2l_fast import CoordinatewiseLSTM, reference
+from l2l_fast import CoordinatewiseLSTM, int8, reference
 from l2l_fast.backends import get
 from l2l_fast.experiments.speed import eager_step
 from l2l_fast.kernels import launch
 from l2l_fast.kernels.launch import LaunchConfig
+from l2l_fast.storage import public_dtype
 
 UNITS = 20
 STATE = 4 * UNITS  # numbers per coordinate
 # A block of weights may be a single number, whose eager error is small by luck.
 compare_sums = partial(compare, factor=4.0, ulps=4.0)
 
-FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+FLOAT32, FLOAT16, BFLOAT16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
+STATE_BYTES = {FLOAT32: 4 * STATE, FLOAT16: 2 * STATE, BFLOAT16: 2 * STATE, INT8: STATE + STATE // int8.TILE}
 
 
 def make_rule(bench: Bench) -> CoordinatewiseLSTM:
@@ -57,6 +59,13 @@ def spread(n: int, count: int) -> Tensor:
     edge = count // 4
     between = torch.randint(n, (count - 2 * edge,), generator=torch.Generator().manual_seed(2))
     return torch.cat([torch.arange(edge), between, torch.arange(n - edge, n)])
+
+
+def spread_groups(n: int, count: int) -> Tensor:
+    """About as many in groups of 16 in a row, which share scales in int8."""
+    first = int8.TILE * spread(-(-n // int8.TILE), max(4, count // int8.TILE))
+    at = (first[:, None] + torch.arange(int8.TILE)).flatten()
+    return at[at < n]
 
 
 @contextmanager
@@ -121,8 +130,22 @@ class Model:
                 ]
             ),
         }
-        stored = {"parameter": self.params[0].dtype, "state": self.states[0].dtype}
-        return compare(now, after(torch.float32), after(torch.float64), stored=stored)
+        right = after(torch.float64)
+        stored = {"parameter": self.params[0].dtype}
+        if self.states[0].dtype == INT8:
+            steps = torch.cat([_int8_steps(part) for part in right["state"].split([len(at) for at in self.index])])
+            difference = now["state"] - right["state"]
+            now["state"] = right["state"] + difference - difference.clamp(-steps, steps)
+        else:
+            stored["state"] = self.states[0].dtype
+        return compare(now, after(torch.float32), right, stored=stored)
+
+
+def _int8_steps(state: Tensor) -> Tensor:
+    """The steps between the numbers that int8 has for those of ``state [N, 2, 2, H]``, in whole groups."""
+    _, scales = int8.encode(state)
+    steps = torch.ldexp(torch.ones(()), scales.int() - 126).repeat_interleave(int8.TILE, dim=0)
+    return steps[: len(state)].view_as(state)
 
 
 def _sample(tensors: list[Tensor], index: list[Tensor]) -> Tensor:
@@ -140,12 +163,12 @@ def make_model(
     for seed, n in enumerate(sizes):
         params.append(torch.randn(n, generator=bench.generator(3 + seed), device=bench.device).to(param_dtype))
         grads.append(random_gradients(bench, n, seed=seed).to(param_dtype))
-        state = random_state(bench, n, seed=seed + 1).to(state_dtype)
-        at = spread(n, max(8, bench.sizes.checked // len(sizes)))
+        state = random_state(bench, n, seed=seed + 1).to(public_dtype(state_dtype))
+        at = spread_groups(n, bench.sizes.checked // len(sizes))
         index.append(at)
-        before.append(state[at.to(state.device)].cpu().float())
         states.append(backend.pack_state(state, state_dtype))
         del state
+        before.append(backend.unpack_state(states[-1], n, rule.spec)[at.to(bench.device)].cpu().float())
     sample = (_sample(params, index), _sample(grads, index), torch.cat(before))
     prepared = backend.prepare(rule.spec, rule.flat_weights().detach())
     return Model(rule, params, grads, states, index, sample, prepared)
@@ -163,7 +186,7 @@ def time_steps(
     model = make_model(bench, sizes, param_dtype, state_dtype)
     model.step()
     check = model.check()
-    bytes_each = 2 * STATE * state_dtype.itemsize + 3 * param_dtype.itemsize
+    bytes_each = 2 * STATE_BYTES[state_dtype] + 3 * param_dtype.itemsize
     bench.add(case, model.step, check, coordinate_steps=model.coordinates, bytes_each=bytes_each, note=note)
 
 
@@ -239,13 +262,15 @@ def launch_configurations(bench: Bench) -> None:
 
 
 def narrow_storage(bench: Bench) -> None:
-    """State and parameters of 16 bits."""
+    """State of 16 or 8 bits, parameters of 16."""
     for param_dtype, state_dtype in (
         (FLOAT32, FLOAT16),
         (FLOAT32, BFLOAT16),
         (BFLOAT16, FLOAT32),
         (BFLOAT16, FLOAT16),
         (FLOAT16, FLOAT16),
+        (FLOAT32, INT8),
+        (BFLOAT16, INT8),
     ):
         case = f"{str(state_dtype)[6:]} state, {str(param_dtype)[6:]} parameters"
         time_steps(bench, case, [bench.sizes.forward], param_dtype, state_dtype)
@@ -254,7 +279,7 @@ def narrow_storage(bench: Bench) -> None:
 def ragged(bench: Bench) -> None:
     """Many tensors of different sizes against one with as many coordinates."""
     n, tensors = bench.sizes.forward, bench.sizes.tensors
-    for state_dtype in (FLOAT32, FLOAT16):
+    for state_dtype in (FLOAT32, FLOAT16, INT8):
         name = str(state_dtype)[6:]
         time_steps(bench, f"{name} state, one tensor", [n], state_dtype=state_dtype)
         time_steps(bench, f"{name} state, ragged, {tensors} tensors", ragged_sizes(n, tensors), state_dtype=state_dtype)
@@ -575,6 +600,7 @@ def models(bench: Bench) -> None:
     optimizers: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
         "float32 state": learned,
         "float16 state": partial(learned, state_dtype=FLOAT16),
+        "int8 state": partial(learned, state_dtype=INT8),
         "AdamW(fused)": partial(torch.optim.AdamW, fused=True),
         "AdamW(foreach)": partial(torch.optim.AdamW, foreach=True),
     }
@@ -593,7 +619,7 @@ def models(bench: Bench) -> None:
                 optimizer.step,
                 _check_adamw(moved, gradients) if start else check_update(rule, moved, gradients, steps=1),
                 coordinate_steps=sum(sizes),
-                bytes_each=28 if start else 2 * STATE * (2 if name.startswith("float16") else 4) + 12,
+                bytes_each=28 if start else 2 * STATE_BYTES[getattr(optimizer, "state_dtype", FLOAT32)] + 12,
                 memory=True,
                 note=f"{len(sizes)} tensors, state {state_bytes(optimizer) / 2**20:.0f} MiB",
             )

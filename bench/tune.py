@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         parser.error("there is no CUDA device; --dry-run runs everything through Triton's interpreter")
 
     # Importing the cases defines the kernels, for the interpreter or for the device.
-    from gpu_cases import FLOAT16, FLOAT32, chosen_config, configured, time_steps, time_unroll
+    from gpu_cases import FLOAT16, FLOAT32, INT8, chosen_config, configured, time_steps, time_unroll
     from gpu_measure import Bench, Section
     from gpu_report import ns_each
     from rich.console import Console
@@ -51,6 +51,7 @@ def main(arguments: list[str]) -> int:
     cases: dict[str, tuple[Kernels, Callable[[Bench], None]]] = {
         "step, float32 state": ("step_in_place", partial(step, state_dtype=FLOAT32)),
         "step, float16 state": ("step_in_place", partial(step, state_dtype=FLOAT16)),
+        "step, int8 state": ("step_in_place", partial(step, state_dtype=INT8)),
         "unroll backward": ("backward", backward),
     }
     table = Table("case", "programs per SM", "stages", "registers", "prefetch", "ns each", "", box=None, pad_edge=False)

@@ -1,7 +1,8 @@
 """Triton kernels of :mod:`l2l_fast`, shipped as ``l2l_fast.kernels``; they know of tensors only.
 
-A *tile* is 64 coordinates: the work of the four warps of a program at a time. :mod:`.tile` says how the state of
-a tile lies in memory, :mod:`.cell` holds the arithmetic, :mod:`.step` and :mod:`.backward` the kernels.
+A *tile* is 64 coordinates: the work of the four warps of a program at a time. :mod:`.tile` and :mod:`.scaled` say
+how the state of a tile lies in memory, :mod:`.cell` holds the arithmetic, :mod:`.step` and :mod:`.backward` the
+kernels.
 """
 
 if __name__ != "l2l_fast.kernels":

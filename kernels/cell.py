@@ -58,8 +58,8 @@ def half_parts(x, LOW_SCALE: tl.constexpr = 1.0):
 def product(x, w_high, w_low, acc, TERMS: tl.constexpr):
     """``acc + x @ w`` with float32's precision from float16 products, small terms first.
 
-    Three ``TERMS`` are enough for an ``x`` of magnitude 1, two if it is representable in float16, and all four keep
-    the precision where ``x`` is larger.
+    Three ``TERMS`` are enough for an ``x`` of magnitude 1, two if it is a number of float16 or, having seven bits, less
+    than 2^-25 away from one, and all four keep the precision where ``x`` is larger.
     """
     high, low = half_parts(x)
     if TERMS == 4:

@@ -19,8 +19,6 @@ _NUMBERS = tl.constexpr(1024)
 _SCALED_PLANE = tl.constexpr(SCALED_PLANE)
 # Added to a number below 2^22 it leaves the nearest integer in the lowest bits.
 _ROUNDER = tl.constexpr(12582912.0)
-# Zero among magnitudes without the bit of the sign, such that what is not finite wraps around and is smaller.
-_FINITE = tl.constexpr(0x01000000)
 
 
 def pack(numbers: Tensor, scales: Tensor) -> Tensor:
@@ -99,8 +97,9 @@ def load_scaled(tile, k: tl.constexpr):
 def store_scaled(tile, x, k: tl.constexpr):
     """Store ``x [4, 8, 4, 2, 2, 2]`` as plane ``k`` of a tile, with new scales."""
     plane = tile + k * _SCALED_PLANE
-    bits = (x.to(tl.uint32, bitcast=True) << 1) + _FINITE
-    largest = tl.max(tl.max(bits, axis=3, keep_dims=True), axis=1, keep_dims=True)
+    # Magnitudes as unsigned numbers, moved on such that what is not finite wraps around and is the smallest.
+    size = (x.to(tl.uint32, bitcast=True) << 1) + 0x01000000
+    largest = tl.max(tl.max(size, axis=3, keep_dims=True), axis=1, keep_dims=True)
     scales = tl.maximum((largest >> 24).to(tl.int32) - 8, 0)
     shift = tl.reshape(8 * tl.arange(0, 4), (1, 1, 1, 1, 2, 2))
     word = tl.sum(tl.sum(scales << shift, axis=5), axis=4)
@@ -109,5 +108,5 @@ def store_scaled(tile, x, k: tl.constexpr):
     tl.store(words, word.to(tl.uint32, bitcast=True), mask=first_row)
     inverse = ((253 - scales) << 23).to(tl.float32, bitcast=True)
     rounded = tl.clamp(x * inverse, -127.0, 127.0, _NAN) + _ROUNDER
-    numbers = tl.where(bits < _FINITE, -128, rounded.to(tl.int32, bitcast=True))
+    numbers = tl.where(tl.abs(x) < float("inf"), rounded.to(tl.int32, bitcast=True), -128)
     tl.store(plane + tl.arange(0, _NUMBERS), tl.reshape(numbers, (_NUMBERS,)).to(tl.int8))

@@ -82,9 +82,9 @@ def step_in_place_kernel(
     ``tiles`` int32 ``[n_tiles, 2]``: tensor of each tile, and which tile of that tensor it is.
     ``PREFETCH``: load layer 2's state ahead of layer 1's work, which hides latency and takes registers.
     """
-    INT8: tl.constexpr = STATE == tl.int8
+    INT8: tl.constexpr = STATE.is_int8()
     TILE_SIZE: tl.constexpr = 5 * _SCALED_PLANE if INT8 else _PACKED
-    TERMS: tl.constexpr = 2 if STATE == tl.float16 or INT8 else 3
+    TERMS: tl.constexpr = 2 if STATE.is_fp16() or INT8 else 3
     # What pads a tensor's last tile must not count for the scales of others, and NaN does not.
     PADDING: tl.constexpr = float("nan") if INT8 else 0.0
     w0 = load_slice(halves, 0)

@@ -5,7 +5,8 @@ Within a plane the numbers are in the order in which the threads hold them as te
 (most significant first) ``half warp row quad pair bit`` for 32-bit storage and ``warp row quad half pair bit`` for
 16-bit storage, so that 16 bytes in a row belong to one thread. The coordinate is ``16 warp + 8 half + row``, the unit
 ``8 pair + 2 quad + bit``; in the fifth plane ``quad`` is the unit less 16, ``pair`` the layer and ``bit`` tells c
-from h. Storage in 8 bits has the order of 16 bits and scales beside it: :mod:`.scaled`. Loads are whole vectors and nothing moves between threads: no shared memory, no barrier, no padded unit.
+from h. Loads are whole vectors and nothing moves between threads: no shared memory, no barrier, no padded unit.
+Storage in 8 bits has the order of 16 bits, and scales beside it: :mod:`.scaled`.
 """
 
 import torch
@@ -57,7 +58,7 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 @triton.jit
 def _load(tile, k: tl.constexpr):
     """Plane ``k`` of a tile in float32, in its order."""
-    if tile.dtype.element_ty == tl.int8:
+    if tile.dtype.element_ty.is_int8():
         plane = load_scaled(tile, k)
     else:
         plane = tl.load(tile + k * _PLANE + tl.arange(0, _PLANE)).to(tl.float32)
@@ -128,7 +129,7 @@ def store_tails(tile, h1, c1, h2, c2):
 def _store_where(tile, plane, keep, k: tl.constexpr, MASKED: tl.constexpr):
     """Store a plane in its order; if ``MASKED``, only where ``keep``, of the same shape."""
     dtype = tile.dtype.element_ty
-    if dtype == tl.int8:
+    if dtype.is_int8():
         # New scales are for all coordinates, so the others are stored again.
         store_scaled(tile, tl.where(keep, plane, load_scaled(tile, k)) if MASKED else plane, k)
     else:

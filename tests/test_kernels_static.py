@@ -20,6 +20,7 @@ from l2l_fast.experiments.kernels import NanHandling, bodies, nan_handling
 from l2l_fast.experiments.sass import Counts, Program, count, parse
 
 CAPABILITIES = list(ARCHITECTURES)
+FLOAT16, INT8 = "step, float16 state", "step, int8 state"
 
 # Of a coordinate and step: 40 units take five exponentials and two reciprocals each; the backward repeats that, and
 # takes ten of them for the derivatives. The features take a few more. A loop missed, or taken twice, shows here.
@@ -34,6 +35,10 @@ BLOCKS = range(5 * 2, 5 * 4 + 1)
 # floor that never leave the caches, and so are the weights of the output layer. Without preprocessing a layer's
 # weights for the gradient are among them too.
 REPEATED_BYTES = {"log": 192, "identity": 352}
+# Scales of an int8 state are read, and written under a mask, by all eight rows that share them; where some coordinates
+# are skipped the old state is read once more to be stored again.
+REPEATED_SCALES = 2 * (8 - 1) * 5
+READ_AGAIN = 80 + 8 * 5
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +75,8 @@ def test_every_kernel_is_compiled_for_every_architecture(report: dict[str, Any])
     for kernel in report["kernels"]:
         names[kernel["capability"]].append(kernel["name"])
     assert names[80] == names[90] == names[120]
-    assert {"step, float32 state", "step, float16 state", "differentiable step", "unroll backward"} <= set(names[90])
+    in_place = {"step, float32 state", "step, float16 state", "step, int8 state"}
+    assert in_place | {"differentiable step", "unroll backward"} <= set(names[90])
 
 
 def test_command_prints_every_kernel(report: dict[str, Any]) -> None:
@@ -127,6 +133,8 @@ def test_forward_does_the_work_of_a_step_and_no_more(report: dict[str, Any]) -> 
 def test_forward_moves_little_more_than_the_floor(report: dict[str, Any]) -> None:
     for kernel in compiled(report, per_step=False):
         repeated = REPEATED_BYTES["identity" if "identity" in kernel["name"] else "log"]
+        if "int8" in kernel["name"]:
+            repeated += REPEATED_SCALES + READ_AGAIN * ("skip" in kernel["name"])
         beyond = kernel["work"]["global_bytes"] - kernel["floor_bytes"]
         assert 0 <= beyond <= repeated, described(kernel)
 
@@ -140,11 +148,26 @@ def test_predicted_time_of_the_forward(report: dict[str, Any], name: str, target
 
 
 def test_nan_passes_through_the_forward(report: dict[str, Any]) -> None:
-    """Every exponent is limited by a minimum, five per unit, which must let NaN pass; nothing else is a limit."""
-    expected = {"propagating_minima": 5 * 40 * 64 // 128}  # per thread: a tile has 64 coordinates, 128 threads
+    """Every exponent is limited by a minimum, five per unit, which must let NaN pass; nothing else is a limit.
+
+    But for int8: its 80 numbers are limited on both sides, by one instruction if the architecture has it.
+    """
     for kernel in compiled(report, per_step=False):
+        # Per thread: a tile has 64 coordinates, 128 threads.
+        exponents, numbers = 5 * 40 * 64 // 128, 80 * 64 // 128 * ("int8" in kernel["name"])
+        expected = {"propagating_minima": exponents + numbers}
+        if numbers and kernel["capability"] < 90:
+            expected["propagating_maxima"] = numbers
         found = {name: number for name, number in kernel["nan_handling"].items() if number}
         assert found == expected, described(kernel)
+
+
+def test_int8_moves_nothing_between_threads_but_maxima(report: dict[str, Any]) -> None:
+    """Three exchanges with neighbours for each of the 20 scales of a thread; numbers and scales stay where they are."""
+    (wide,) = [kernel for kernel in compiled(report, per_step=False, capability=90) if kernel["name"] == FLOAT16]
+    (narrow,) = [kernel for kernel in compiled(report, per_step=False, capability=90) if kernel["name"] == INT8]
+    assert narrow["barriers"] == wide["barriers"]
+    assert narrow["work"]["shared_bytes"] - wide["work"]["shared_bytes"] == 3 * 20 * 4 * 128 / 64
 
 
 def test_nan_passes_through_the_backward(report: dict[str, Any]) -> None:

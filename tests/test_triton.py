@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import assert_as_good_as_eager, in_int8
 from torch import Tensor
 
-from l2l_fast import CoordinatewiseLSTM, Identity, LearnedOptimizer, LogAndSign, RuleSpec
+from l2l_fast import CoordinatewiseLSTM, Identity, LearnedOptimizer, LogAndSign, RuleSpec, int8, reference
 from l2l_fast.backends import get, resolve, triton
-from l2l_fast.kernels import backward, launch, step, tile, weights
+from l2l_fast.kernels import backward, launch, scaled, step, tile, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -230,6 +231,85 @@ def test_coordinates_that_pad_the_last_tile_are_zero() -> None:
     packed = tile.pack(torch.ones(65, 2, 2, 20), torch.float32)
     assert packed.shape == (2, 5, 1024)
     assert packed.sum() == 65 * 80
+
+
+def test_every_number_of_an_int8_state_has_its_place() -> None:
+    """8 bytes in a row belong to the two coordinates of a thread, and 4 scales to their four units."""
+    coordinate = torch.arange(64, dtype=torch.int8).view(4, 16, 1).expand(4, 16, 80)
+    number = torch.arange(80, dtype=torch.int8).expand(4, 16, 80)
+    scale = torch.arange(80, dtype=torch.uint8).expand(4, 80)
+    coordinates, numbers = scaled.pack(coordinate, scale), scaled.pack(number, scale)
+    assert coordinates.shape == (1, 5, 1088)
+    for k in range(5):
+        of_thread = coordinates[0, k, :1024].view(4, 8, 4, 2, 4)  # warp row quad half | unit
+        row = torch.arange(8).view(8, 1)
+        for half in (0, 1):
+            first = of_thread[:, :, :, half, 0]
+            assert torch.equal(of_thread[:, :, :, half], first[..., None].expand(4, 8, 4, 4))
+            assert torch.equal(first.long(), (16 * torch.arange(4).view(4, 1, 1) + 8 * half + row).expand(4, 8, 4))
+        unit = numbers[0, k, :1024].view(4, 8, 4, 2, 4)
+        scales = numbers[0, k, 1024:].view(4, 1, 4, 1, 4)
+        assert torch.equal(unit, scales.expand(4, 8, 4, 2, 4))
+    units = numbers[0, :, :1024].reshape(5, 4, 8, 4, 2, 4)[:, 0, 0, :, 0]
+    assert torch.equal(units.flatten().sort().values, number[0, 0])
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3, 4, 6])
+def test_an_int8_state_comes_back_with_zeros_past_its_end(groups: int, generator: torch.Generator) -> None:
+    numbers = torch.randint(-128, 128, (groups, 16, 80), generator=generator).to(torch.int8)
+    scales = torch.randint(0, 248, (groups, 80), generator=generator).to(torch.uint8)
+    back, back_scales = scaled.unpack(scaled.pack(numbers, scales))
+    assert len(back) == len(back_scales) == -(-groups // 4) * 4
+    assert torch.equal(back[:groups], numbers)
+    assert torch.equal(back_scales[:groups], scales)
+    assert not back[groups:].any()
+    assert not back_scales[groups:].any()
+
+
+INT8_STATES = {
+    "tiny": 1e-7,
+    "smallest": 1e-38,
+    "usual": 1.0,
+}
+
+
+@pytest.mark.parametrize("size", INT8_STATES.values(), ids=INT8_STATES)
+def test_an_int8_step_is_as_close_to_float64_as_one_from_float32(size: float, generator: torch.Generator) -> None:
+    """Its products take two terms, for what it stores has seven bits, though it may be too small for float16."""
+    n = 64
+    weights_ = CoordinatewiseLSTM().flat_weights().detach() * 3
+    state = int8.unpack(int8.pack(size * torch.randn(n, 2, 2, 20, generator=generator).tanh()), n, 80)
+    grad = torch.randn(n, generator=generator)
+    right, _ = reference.step(SPEC, weights_.double(), grad.double(), state.double())
+    eager, _ = reference.step(SPEC, weights_, grad, state.float())
+    param = torch.zeros(n)
+    prepared = triton.BACKEND.prepare(SPEC, weights_)
+    triton.BACKEND.step_(SPEC, prepared, [param], [grad], [triton.BACKEND.pack_state(state, torch.int8)])
+    assert_as_good_as_eager("param", param, eager, right)
+
+
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+@pytest.mark.parametrize("value", [1e-40, 3e38, float("inf"), float("nan")])
+def test_int8_states_of_edge_values_are_stored_as_the_codec_stores_them(
+    value: float, skip_nonfinite: bool, generator: torch.Generator
+) -> None:
+    """An output of zeros keeps the parameter; c only grows, to beyond what float32 holds."""
+    state = torch.randn(70, 2, 2, 20, generator=generator)
+    state[7, :, 1] = value
+    state[11, 1, 1, 18] = -value
+    state[32:48, 0, 1, 3] = value  # a whole group
+    grad = torch.zeros(70)
+    grad[5] = float("nan")
+    weights_ = CoordinatewiseLSTM().flat_weights().detach()
+    results = {}
+    for dtype in (torch.float32, torch.int8):
+        stored = triton.BACKEND.pack_state(int8.unpack(int8.pack(state), 70, 80), dtype)
+        prepared = triton.BACKEND.prepare(SPEC, weights_)
+        triton.BACKEND.step_(SPEC, prepared, [torch.zeros(70)], [grad], [stored], skip_nonfinite=skip_nonfinite)
+        results[dtype] = triton.BACKEND.unpack_state(stored, 70, SPEC)
+    expected, steps = in_int8(results[torch.float32])
+    assert torch.equal(results[torch.int8].isnan(), expected.isnan())
+    assert ((results[torch.int8].double() - expected.double()).abs().nan_to_num() <= steps).all()
 
 
 @pytest.mark.parametrize("spec", [RuleSpec(), RuleSpec(preprocess=Identity())], ids=["log", "identity"])

@@ -265,9 +265,7 @@ class TritonBackend:
         return torch.zeros(-(-n // tile.TILE), 5, plane, dtype=dtype, device=device)
 
     def pack_state(self, state: Tensor, dtype: torch.dtype) -> Tensor:
-        packed: Tensor = (
-            scaled.pack(*int8.encode(state)) if dtype == torch.int8 else tile.pack(state.detach(), dtype)
-        )
+        packed: Tensor = scaled.pack(*int8.encode(state)) if dtype == torch.int8 else tile.pack(state.detach(), dtype)
         return packed
 
     def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:

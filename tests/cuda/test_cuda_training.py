@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from cuda_models import Model, assert_same
-from numerics import assert_as_good_as_eager, ulps_apart
+from numerics import assert_as_good_as_eager, in_int8, ulps_apart
 from plain_loop import make_rule
 from torch import Tensor
 
@@ -42,6 +42,59 @@ def test_the_automatic_choice_is_triton(
 
 
 # Numbers
+
+
+def by_hand(rule: CoordinatewiseLSTM, model: Model, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Updates by the reference, and what the next state is, of each parameter."""
+    weights = rule.flat_weights().detach()
+    results = [
+        reference.step(rule.spec, weights, param.grad.float().flatten(), state.float())
+        for param, state in zip(model.params, states, strict=True)
+        if param.grad is not None
+    ]
+    return torch.cat([update for update, _ in results]), [state for _, state in results]
+
+
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_int8_storage(rule: CoordinatewiseLSTM, device: torch.device, dtype: torch.dtype) -> None:
+    """Each of three steps is that of the reference from what is stored, and stored to within a step of int8."""
+    model = Model(rule, device, SHAPES, dtype=dtype, state_dtype=torch.int8)
+    states = [torch.zeros(param.numel(), 2, 2, 20, device=device) for param in model.params]
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for seed in range(3):
+        before = model.flat().float()
+        model.move_gradients(seed)
+        update, right = by_hand(rule, model, states)
+        model.step()
+        torch.testing.assert_close(model.flat().float(), before + update.cpu(), rtol=0, atol=tolerance)
+        stored = model.flat_states()
+        assert stored.dtype == torch.bfloat16
+        states = list(stored.to(device).split([param.numel() for param in model.params]))
+        for state, exact in zip(states, right, strict=True):
+            if len(exact):
+                _, steps = in_int8(exact.cpu())
+                assert ((state.cpu().double() - exact.cpu().double()).abs() <= steps).all()
+
+
+def test_int8_nonfinite_gradients(rule: CoordinatewiseLSTM, device: torch.device) -> None:
+    """They make NaN of their coordinate, and have no part in what its neighbours share."""
+    n = 200
+    bad = torch.arange(n) % 5 == 0
+    few, all_of_them = (Model(rule, device, [(n,)], state_dtype=torch.int8) for _ in range(2))
+    for model in (few, all_of_them):
+        model.steps(1)
+        model.move_gradients(1)
+    for model, value in ((few, float("nan")), (all_of_them, float("inf"))):
+        grad = model.params[0].grad
+        assert grad is not None
+        grad[bad.to(device)] = value
+        model.step()
+        assert model.flat()[bad].isnan().all()
+        assert model.flat_states()[bad].isnan().all()
+        assert model.flat()[~bad].isfinite().all()
+        assert model.flat_states()[~bad].isfinite().all()
+    same_bits(few.flat(), all_of_them.flat())
+    same_bits(few.flat_states(), all_of_them.flat_states())
 
 
 @pytest.mark.parametrize("state_dtype", STORAGE, ids=str)
