@@ -133,7 +133,9 @@ class Model:
         right = after(torch.float64)
         stored = {"parameter": self.params[0].dtype}
         if self.states[0].dtype == INT8:
-            steps = torch.cat([_int8_steps(part) for part in right["state"].split([len(at) for at in self.index])])
+            steps = torch.cat(
+                [_int8_steps(part) for part in torch.split(right["state"], [len(at) for at in self.index])]
+            )
             difference = now["state"] - right["state"]
             now["state"] = right["state"] + difference - difference.clamp(-steps, steps)
         else:

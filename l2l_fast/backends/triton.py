@@ -270,7 +270,8 @@ class TritonBackend:
 
     def unpack_state(self, packed: Tensor, n: int, spec: RuleSpec) -> Tensor:
         if packed.dtype == torch.int8:
-            return int8.decode(*scaled.unpack(packed), n)
+            numbers, scales = scaled.unpack(packed)
+            return int8.decode(numbers, scales, n)
         state: Tensor = tile.unpack(packed, n)
         return state
 

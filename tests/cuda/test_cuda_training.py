@@ -69,7 +69,7 @@ def test_int8_storage(rule: CoordinatewiseLSTM, device: torch.device, dtype: tor
         torch.testing.assert_close(model.flat().float(), before + update.cpu(), rtol=0, atol=tolerance)
         stored = model.flat_states()
         assert stored.dtype == torch.bfloat16
-        states = list(stored.to(device).split([param.numel() for param in model.params]))
+        states = list(torch.split(stored.to(device), [param.numel() for param in model.params]))
         for state, exact in zip(states, right, strict=True):
             if len(exact):
                 _, steps = in_int8(exact.cpu())
