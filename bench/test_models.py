@@ -1,7 +1,8 @@
 """``optimizer.step()`` over the parameters of whole models, with AdamW for scale.
 
-Run with ``--bench-max=100000000``: the default leaves them out, as a state takes 320 bytes per coordinate in float32
-and 160 in float16. What takes more than 16 GB is left to ``bench/gpu.py``: ViT-B/16 with a float32 state, and GPT-2.
+Run with ``--bench-max=200000000``: the default leaves them out, as a state takes 320 bytes per coordinate in float32,
+160 in float16 and 85 in int8. What takes more than 16 GB is left to ``bench/gpu.py``: ViT-B/16 with a float32 state,
+and GPT-2 but in int8.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SIZES = {name: sum(math.prod(shape) for shape in shapes) for name, shapes in MOD
 CASES = [
     (name, SIZES[name], dtype)
     for name in MODELS
-    for dtype in ("float32", "float16")
+    for dtype in ("float32", "float16", "int8")
     if 80 * getattr(torch, dtype).itemsize * SIZES[name] <= LARGEST_STATE
 ]
 FITTING = list(dict.fromkeys((name, n) for name, n, _ in CASES))
