@@ -67,7 +67,7 @@ sanitize: venv
 	nm -D $(SANITIZED)/lib/l2l_fast/_C*.so | grep -q __asan_  # instrumented indeed
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
 	  cd tests && $(abspath $(BIN))/python -c "from l2l_fast import _C; assert '$(SANITIZED)' in _C.__file__, _C.__file__" && \
-	  $(abspath $(BIN))/pytest -p no:cacheprovider test_backend_contract.py
+	  $(abspath $(BIN))/pytest -p no:cacheprovider test_backend_contract.py test_int8.py
 
 # A CUDA machine brings its own PyTorch, so these take $(PYTHON) as it is: no network, no environment. Each part ends
 # within ten minutes; `make gpu` runs the second whatever became of the first, whose outcome is part of the results.
