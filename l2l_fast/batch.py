@@ -48,10 +48,10 @@ class Batch:
         self.params.append(copy)
         self.grads.append(grad.resolve_neg().to(self.dtype).contiguous())
 
-    def rests(self, *, everywhere: bool) -> bool:
-        """Whether all gradients are 0, ``everywhere`` on the ranks that hold shards too; waits for the device."""
+    def rests(self) -> bool:
+        """Whether all gradients are 0, on all ranks that hold shards of them; waits for those and for the device."""
         moving = torch.stack([grad.any() for grad in self.grads]).float()
-        return not bool((sharding.sum_over_shards(moving, self.sharded) if everywhere else moving).any())
+        return not bool(sharding.sum_over_shards(moving, self.sharded).any())
 
     def step_(self) -> None:
         """Step parameters and states."""
@@ -156,6 +156,7 @@ class StagedBatch(Batch):
         So replicas of a shard round alike, whatever else their ranks hold.
         """
         device = self.params[0].device
+        numbers = (*numbers, rounding.ROUNDED.index(self.params[0].dtype))
         generator = self._workspace.generator(device, *numbers)
         pairs = list(zip(self.params, self._stepped, strict=True))
         for index, (param, stepped) in enumerate(pairs):

@@ -57,13 +57,17 @@ def checked_params(
     return dict(zip(keys, params, strict=True))
 
 
-def check_entry(key: Any, entry: Mapping[str, Any], param: Tensor, spec: RuleSpec, state_dtype: torch.dtype) -> None:
-    """Refuse an entry of a state dict, one that is not empty, unless it has a state of ``param`` under its rule.
+def has_state(key: Any, entry: Any, param: Tensor, spec: RuleSpec, state_dtype: torch.dtype) -> bool:
+    """Whether an entry of a state dict has a state of ``param`` under its rule, rather than nothing at all.
 
     Raises:
-        TypeError: if the state is not a tensor, or of a dtype that ``state_dtype`` can't hold exactly.
-        ValueError: if there is none, or it has another shape or placement than ``param`` asks for.
+        TypeError: if it is no dictionary, or its state no dense tensor that ``state_dtype`` can hold exactly.
+        ValueError: if it has something but no state, or one of another shape or placement than ``param`` asks for.
     """
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"the entry of parameter {key} must be a dictionary, got {type(entry).__name__}")
+    if not entry:
+        return False
     if "lstm" not in entry:
         raise ValueError(
             f"the state of parameter {key} has {', '.join(map(repr, entry))} but no 'lstm', the state of the rule; "
@@ -78,12 +82,16 @@ def check_entry(key: Any, entry: Mapping[str, Any], param: Tensor, spec: RuleSpe
             f"the state of parameter {key} must have shape {expected} for a parameter of shape {tuple(param.shape)}, "
             f"got {tuple(state.shape)}; build the model of the checkpoint"
         )
-    if not holds(state_dtype, state.to_local() if sharding.is_sharded(state) else state):
-        # What int8 had is bfloat16 too, of 7 bits.
-        digits = " of 8 bits" if (state.dtype, state_dtype) == (torch.bfloat16, torch.int8) else ""
+    if state.layout != torch.strided or state.is_meta:
         raise TypeError(
-            f"the state of parameter {key} is {state.dtype}{digits}, which state_dtype={state_dtype} can't hold "
-            f"exactly; build the optimizer with the checkpoint's dtype, load, and call convert_state({state_dtype}) if "
-            "digits may go"
+            f"the state of parameter {key} must be dense and in memory, got {state.layout} on {state.device}"
+        )
+    if not holds(state_dtype, state.to_local() if sharding.is_sharded(state) else state):
+        hint = " (an int8 state is bfloat16 here, with numbers of at most 7 bits)" if state_dtype == torch.int8 else ""
+        raise TypeError(
+            f"the state of parameter {key} is {state.dtype}, which state_dtype={state_dtype} can't hold exactly{hint}; "
+            f"build the optimizer with the checkpoint's dtype, load, and call convert_state({state_dtype}) if digits "
+            "may go"
         )
     sharding.check_state(key, param, state)
+    return True

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from l2l_fast import sharding
 from l2l_fast.backends import get
 from l2l_fast.batch import Batch, StagedBatch, Workspace, step_all
-from l2l_fast.loading import check_entry, checked_params
+from l2l_fast.loading import checked_params, has_state
 from l2l_fast.options import OFF, Options, read_options
 from l2l_fast.patterns import groups_by_pattern
 from l2l_fast.prepared import Layout, PreparedRule, Runner, fingerprint
@@ -53,8 +53,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         lr: factor on the update, a number or a 0-dimensional CPU tensor; rules are trained for 1.
         weight_decay: decoupled weight decay.
         maximize: ascend: feed the rule the negated gradient.
-        skip_nonfinite: leave a coordinate and its state untouched where its gradient is not finite. By
-            default both become NaN.
+        skip_nonfinite: leave a coordinate and its state untouched where its gradient is not finite, but that an int8
+            state is stored again beside its neighbours' new ones. By default both become NaN.
         warmup: number of steps over which ``lr`` rises to its value, in equal parts, from the group's first step.
         max_update_norm: how far one step may move a tensor, in the Euclidean norm, weight decay included; a
             longer move is shortened. Of a tensor with a change that is not finite, all other coordinates rest.
@@ -83,6 +83,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Source: Andrychowicz et al. 2016, section 2.1.
     """
 
+    # Whether a first step that moves nothing makes the states and no more.
+    _may_rest = True
     # By whose number random rounding tells groups apart; above 0 where groups are optimizers of their own.
     _first_group = 0
 
@@ -263,7 +265,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 batches += found
                 stepped.append(group)
         # Everything has been checked and nothing changed so far.
-        makes_states = not self.state and _makes_states(batches)
+        makes_states = self._may_rest and not self.state and _makes_states(batches)
         for param, entry in entries.items():
             self.state[param].update(entry)
         if makes_states:
@@ -347,34 +349,35 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"a parameter of shape {tuple(param.shape)} on {param.device} has a gradient of shape "
                 f"{tuple(grad.shape)} on {grad.device}; call zero_grad() after replacing a parameter's data"
             )
-        if not entry or "lstm" not in entry:
+        if entry and "lstm" in entry:
+            packed = self._kept(param, entry, runner)
+        else:
             packed = backend.init_state(param.numel(), layout.spec, self.state_dtype, param.device)
-        elif entry["shape"] != param.shape:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} has a state for shape {tuple(entry['shape'])}; to start it "
-                "afresh after replacing its data, del optimizer.state[param]"
-            )
-        elif entry["lstm"].device != param.device:
+        return {"lstm": packed, "layout": layout, "shape": param.shape, "id": id(packed)}
+
+    def _kept(self, param: Tensor, entry: dict[str, Any], runner: Runner) -> Tensor:
+        """The packed state in ``entry``, in the layout of ``runner``."""
+        backend, _, layout = runner
+        _check_shape(param, entry)
+        if entry["lstm"].device != param.device:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} is on {param.device} but its state is on "
                 f"{entry['lstm'].device}; take state_dict() before moving the model and load it afterwards"
             )
-        elif entry["id"] != id(entry["lstm"]):
+        if entry["id"] != id(entry["lstm"]):
             raise RuntimeError(
                 "the packed state of a parameter was replaced in optimizer.state; its layout, size and dtype are "
                 "private, so change it through state_dict() and load_state_dict()"
             )
-        elif entry["layout"].spec.hidden_size != layout.spec.hidden_size:
+        if entry["layout"].spec.hidden_size != layout.spec.hidden_size:
             raise RuntimeError(
                 f"the state of a parameter of shape {tuple(param.shape)} is of a rule of "
                 f"{entry['layout'].spec.hidden_size} hidden units, but the rule of its group has "
                 f"{layout.spec.hidden_size}; to start it afresh under another rule, del optimizer.state[param]"
             )
-        elif entry["layout"].backend == layout.backend and entry["lstm"].dtype == self.state_dtype:
-            packed = entry["lstm"]
-        else:
-            packed = backend.pack_state(self._unpack(entry), self.state_dtype)
-        return {"lstm": packed, "layout": layout, "shape": param.shape, "id": id(packed)}
+        if entry["layout"].backend == layout.backend and entry["lstm"].dtype == self.state_dtype:
+            return cast(Tensor, entry["lstm"])
+        return backend.pack_state(self._unpack(entry), self.state_dtype)
 
     def _pack(self, param: Tensor, state: Tensor, rule: PreparedRule) -> dict[str, Any]:
         """The entry of ``param`` in ``self.state`` for a state ``[*param.shape, 2, 2, H]``."""
@@ -394,7 +397,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """An entry of ``self.state`` with the state as ``[*param.shape, 2, 2, H]``, a copy."""
         public = _without_packed(entry)
         if "lstm" in entry:
-            shape = (*sharding.local_param(param).shape, 2, 2, entry["layout"].spec.hidden_size)
+            own = sharding.local_param(param)
+            _check_shape(own, entry)
+            shape = (*own.shape, 2, 2, entry["layout"].spec.hidden_size)
             public["lstm"] = sharding.like_param(param, self._unpack(entry).view(shape))
         return public
 
@@ -429,7 +434,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: if it is another dtype.
-            ValueError: if a number of the state is too large for it; nothing has changed then.
+            ValueError: if a number of the state is too large for it; nothing has changed then, on this rank: of sharded
+                parameters each rank judges what it holds.
         """
         self._check_conversion(state_dtype)
         for entry in self.state.values():
@@ -448,7 +454,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if overflows(state_dtype, state):
                 raise ValueError(
                     f"the state of a parameter of shape {tuple(param.shape)} reaches {state.abs().max()}, too large "
-                    f"for {state_dtype}; keep {self.state_dtype} or take torch.bfloat16"
+                    f"for {state_dtype}; keep {self.state_dtype}"
                 )
 
     def state_dict(self) -> StateDict:
@@ -481,7 +487,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: if a state is not a tensor, or of a dtype that ``state_dtype`` can't hold exactly.
             ValueError: if the groups differ in number or size, the rule is another one, or a state has
-                another shape than its parameter asks for. On any error the optimizer is as before.
+                another shape than its parameter asks for. On any error the optimizer is as before. Of sharded
+                parameters each rank judges what it holds.
         """
         entries: dict[Tensor, dict[str, Any]] = {}
 
@@ -491,11 +498,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             params = checked_params(state_dict, self.param_groups, self._sync_rules())
             rest = {}
             for key, entry in state_dict["state"].items():
-                if key in params and entry:
-                    param, rule = params[key]
-                    check_entry(key, entry, param, rule.rule.spec, self.state_dtype)
+                if key not in params:
+                    rest[key] = entry
+                    continue
+                param, rule = params[key]
+                if has_state(key, entry, param, rule.rule.spec, self.state_dtype):
                     entries[param] = self._pack(param, entry["lstm"], rule)
-                rest[key] = _without_packed(entry) if key in params else entry
+                rest[key] = _without_packed(entry)
             return {**state_dict, "state": rest}
 
         def install(_: torch.optim.Optimizer) -> None:
@@ -555,10 +564,16 @@ def _makes_states(batches: list[Batch]) -> bool:
     """Whether a first step has nothing to do but to make the states."""
     if any(batch.options.backend["lr"] for batch in batches):
         return False
-    # Ranks that wait for each other in a limited step have to agree, and all of them to take part in each answer.
-    everywhere = any(batch.options.limit is not None for batch in batches)
-    rests = [batch.rests(everywhere=everywhere) for batch in batches]
+    rests = [batch.rests() for batch in batches]  # of all, as ranks may have to take part in each answer
     return all(rests)
+
+
+def _check_shape(param: Tensor, entry: dict[str, Any]) -> None:
+    if entry["shape"] != param.shape:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} has a state for shape {tuple(entry['shape'])}; to start it "
+            "afresh after replacing its data, del optimizer.state[param]"
+        )
 
 
 def _without_packed(entry: dict[str, Any]) -> dict[str, Any]:

@@ -83,12 +83,14 @@ class OptimizerInBackward(torch.optim.Optimizer):
                     f"the gradient of a parameter of shape {tuple(param.shape)} was taken before its update: another "
                     "hook frees it too. Call remove() of the first optimizer_in_backward before making a second"
                 )
-            optimizer._step_one(index)
+            optimizer._step_one(index, in_backward=True)
 
         return update
 
-    def _step_one(self, index: int) -> None:
+    def _step_one(self, index: int, *, in_backward: bool) -> None:
         single = self._singles[index]
+        # A gradient of 0 among others that are not does not make this a step that only makes states.
+        single._may_rest = not in_backward
         _check_norm(single.param_groups[0])
         (param,) = single.param_groups[0]["params"]
         single.step()
@@ -126,7 +128,7 @@ class OptimizerInBackward(torch.optim.Optimizer):
         if self._handles:
             for index, single in enumerate(self._singles):
                 if any(param.grad is not None for param in single.param_groups[0]["params"]):
-                    self._step_one(index)
+                    self._step_one(index, in_backward=False)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -37,6 +37,8 @@ def holds(state_dtype: torch.dtype, state: Tensor) -> bool:
 
 
 def overflows(state_dtype: torch.dtype, state: Tensor) -> bool:
-    """Whether a finite number of ``state`` is too large for ``state_dtype``."""
+    """Whether a finite number of ``state`` is too large for ``state_dtype``, or an infinite one for int8."""
+    if state_dtype == torch.int8:
+        return bool(state.isinf().any())
     stored = state.to(public_dtype(state_dtype))
     return bool((state.isfinite() & ~stored.isfinite()).any())

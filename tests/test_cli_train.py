@@ -44,7 +44,7 @@ def test_every_setting_has_an_option(tmp_path: Path) -> None:
     [
         ("0:6,1", [0.0] * 6 + [1.0]),
         ("1,2,3,4,5,6,7.5", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.5]),
-        ("-1,0.5:6", [-1.0] + [0.5] * 6),
+        ("2e-1,0.5:6", [0.2] + [0.5] * 6),
     ],
 )
 def test_loss_weights(tmp_path: Path, text: str, weights: list[float]) -> None:
@@ -60,6 +60,8 @@ def test_loss_weights(tmp_path: Path, text: str, weights: list[float]) -> None:
         (["1:999999999999"], "got 999999999999 in '1:999999999999'"),
         (["1:101", "--loss-power", "2"], "loss_weights and loss_power are two ways to say the same"),
         (["1:100,inf"], "loss_weights must be finite"),
+        (["-1,1:100"], "loss_weights must be finite and not negative"),
+        (["0:101"], "loss_weights are all 0, which trains nothing"),
         (["1:100,x"], "such as 0:100,1; got '1:100,x': could not convert string to float: 'x'"),
         (["1:100,"], "got '1:100,': could not convert string to float: ''"),
         (["1:"], "got '1:': invalid literal for int()"),

@@ -264,6 +264,19 @@ def test_conversion(rule: CoordinatewiseLSTM, generator: torch.Generator) -> Non
         assert_same(entry["lstm"], right.float())
 
 
+def test_infinity_has_no_room(rule: CoordinatewiseLSTM, generator: torch.Generator) -> None:
+    optimizer, _ = stepped(rule, generator)
+    state_dict = optimizer.state_dict()
+    state_dict["state"][0]["lstm"][3, 0, 1, 2] = INFINITY
+    optimizer.load_state_dict(state_dict)
+    with pytest.raises(ValueError, match=r"reaches inf, too large for torch.int8; keep torch.float32"):
+        optimizer.convert_state(torch.int8)
+    state_dict["state"][0]["lstm"][3, 0, 1, 2] = 3.4e38
+    optimizer.load_state_dict(state_dict)
+    optimizer.convert_state(torch.int8)
+    assert optimizer.state_dict()["state"][0]["lstm"][3, 0, 1, 2] > 3.3e38
+
+
 def test_memory(rule: CoordinatewiseLSTM, generator: torch.Generator) -> None:
     """85 bytes a coordinate: of one that is not padded, that is."""
     params = make_params([(64,)], generator)

@@ -124,6 +124,34 @@ def test_same_bits_as_the_ordinary_step(
         assert torch.equal(state, expected[name]), name
 
 
+def test_a_zero_gradient_at_rate_0_is_a_step_like_any(rule: CoordinatewiseLSTM) -> None:
+    """As in a warm-up from 0, of a model one half of which starts at 0: what each tensor sees alone tells nothing."""
+
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Parameter(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)))
+            self.up = nn.Parameter(torch.zeros(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.down.t() @ self.up.t()
+
+    model, plain = LowRank(), LowRank()
+    ordinary = LearnedOptimizer(plain.parameters(), rule)
+    released = optimizer_in_backward(model, rule)
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    for step in range(4):
+        for optimizer, net in ((ordinary, plain), (released, model)):
+            for group in optimizer.param_groups:
+                group["lr"] = step / 4
+            torch.autograd.backward((net(x) - 1).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(model, plain)
+    assert model.up.abs().max() > 0
+    assert {group["step"] for optimizer in (ordinary, released) for group in optimizer.param_groups} == {4}
+
+
 def test_gradients_are_freed_as_they_are_used(rule: CoordinatewiseLSTM) -> None:
     """When the gradient of one layer arrives, those of the layers behind it are gone: one at a time is alive."""
     model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(5)))

@@ -264,11 +264,11 @@ def test_sharding_after_the_hooks_is_noticed(two: Ranks) -> None:
     on_all(two, shard_too_late)
 
 
-def first_step_at_rate_0() -> None:
+def first_step_at_rate_0(options: dict[str, Any]) -> None:
     mesh = line()
     for value in (0.0, 1.0):
         (param,) = placed([torch.ones(4, 2)], mesh, [Shard(0)])
-        optimizer = LearnedOptimizer([param], make_rule(seeded(1)), lr=0.0, max_update_norm=0.1)
+        optimizer = LearnedOptimizer([param], make_rule(seeded(1)), lr=0.0, **options)
         grad = torch.zeros(4, 2)
         grad[0] = value  # of the first rank
         param.grad = share(grad, param)  # type: ignore[arg-type]
@@ -276,9 +276,10 @@ def first_step_at_rate_0() -> None:
         assert optimizer.param_groups[0]["step"] == value
 
 
-def test_ranks_agree_whether_a_first_step_counts(two: Ranks) -> None:
-    """One that makes no more than states is told by gradients that are all 0, on all ranks: else some would wait."""
-    on_all(two, first_step_at_rate_0)
+@pytest.mark.parametrize("options", [{}, {"max_update_norm": 0.1}], ids=str)
+def test_ranks_agree_whether_a_first_step_counts(two: Ranks, options: dict[str, Any]) -> None:
+    """One that makes no more than states is told by gradients that are all 0, on all ranks."""
+    on_all(two, first_step_at_rate_0, options)
 
 
 # ---- stochastic_rounding ----

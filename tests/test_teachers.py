@@ -67,6 +67,7 @@ def test_a_teacher_has_many_names(tuned: Path) -> None:
         ("none.json", "there is no teacher 'none.json': name 'shipped', a file that l2l-fast tune-teacher wrote"),
         ("adagrad:0.1", "there is no teacher 'adagrad:0.1'.*one of sgd, nag, rmsprop, adam with a learning rate"),
         ("adam", "there is no teacher 'adam'.*such as adam:0.01"),
+        (".", "'.' is no file: name 'shipped'"),
         ("adam:", "learning rate of the teacher 'adam:' must be finite and positive, got ''"),
         ("sgd:-1", "learning rate of the teacher 'sgd:-1' must be finite and positive, got '-1'"),
         ("sgd:inf", "learning rate of the teacher 'sgd:inf' must be finite and positive"),

@@ -104,9 +104,9 @@ def test_the_command_draws_curves_and_carries_them_on(tmp_path: Path) -> None:
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="TensorBoard is not installed: pip install tensorboard"):
+    with pytest.raises(ImportError, match=r"TensorBoard is not installed: pip install 'l2l_fast\[tensorboard\]'"):
         tensorboard(tmp_path)
     message = error_of(*COMMAND, "--tensorboard", "--out", tmp_path / "out")
-    assert "TensorBoard is not installed: pip install tensorboard, or train without it" in message
+    assert "TensorBoard is not installed: pip install 'l2l_fast[tensorboard]', or train without it" in message
     assert not (tmp_path / "out").exists()
     assert run(*COMMAND, "--out", tmp_path / "out")[0] == 0

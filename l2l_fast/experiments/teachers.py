@@ -54,8 +54,9 @@ def choose_teacher(choice: str, problem: str) -> Teacher:
     if separator and name in BASELINES:
         return Baseline(name, _learning_rate(choice, rate))
     if not Path(choice).is_file():
+        what = f"{choice!r} is no file" if Path(choice).exists() else f"there is no teacher {choice!r}"
         raise ValueError(
-            f"there is no teacher {choice!r}: name {SHIPPED!r}, a file that l2l-fast tune-teacher wrote, or one of "
+            f"{what}: name {SHIPPED!r}, a file that l2l-fast tune-teacher wrote, or one of "
             f"{', '.join(BASELINES)} with a learning rate, such as adam:0.01"
         )
     return load_teacher(choice)

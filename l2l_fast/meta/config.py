@@ -163,8 +163,10 @@ class TrainConfig:
                 f"loss_weights must have one entry for each of the {self.horizon + 1} points of {self.horizon} steps, "
                 f"the start and the end included, got {len(self.loss_weights)}"
             )
-        if not all(math.isfinite(weight) for weight in self.loss_weights):
-            raise ValueError("loss_weights must be finite")
+        if not all(math.isfinite(weight) and weight >= 0 for weight in self.loss_weights):
+            raise ValueError("loss_weights must be finite and not negative")
+        if not any(self.loss_weights):
+            raise ValueError("loss_weights are all 0, which trains nothing; give the points that count a positive one")
 
     def lr_at(self, update: int) -> float:
         """Learning rate of the update after ``update`` others."""

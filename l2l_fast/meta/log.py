@@ -76,7 +76,9 @@ def tensorboard(folder: str | os.PathLike[str]) -> Callable[[TrainEvent], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("TensorBoard is not installed: pip install tensorboard, or train without it") from error
+        raise ImportError(
+            "TensorBoard is not installed: pip install 'l2l_fast[tensorboard]', or train without it"
+        ) from error
     writer: SummaryWriter | None = None
 
     def write(event: TrainEvent) -> None:
