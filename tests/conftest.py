@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: seeded randomness, every backend, poisoned memory, and where the device comes in."""
+"""Fixtures shared by the tests: randomness, every backend, poisoned memory, ranks, and where the device comes in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks, start_ranks
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -240,3 +241,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with start_ranks(2, tmp_path_factory.mktemp("two")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with start_ranks(4, tmp_path_factory.mktemp("four")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(params=["two", "four"])
+def ranks(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from plain_loop import make_rule
-from ranks import Ranks, start_ranks
-from test_sharding import (
+from ranks import Ranks
+from sharded import (
     PLACEMENTS,
     assert_same,
     assert_same_shares,
@@ -44,23 +44,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 INF = float("inf")
 SCOPES = ["tensor", "global"]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with start_ranks(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with start_ranks(4, tmp_path_factory.mktemp("four")) as ranks:
-        yield ranks
-
-
-@pytest.fixture(params=["two", "four"])
-def ranks(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
 
 
 @functools.cache
