@@ -10,6 +10,7 @@ import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -396,3 +397,13 @@ def test_tune_teacher(tmp_path: Path) -> None:
     assert "power" in printed
     assert json.loads((tmp_path / "teacher.json").read_text())["lr"] > 0
     assert "name the problem" in error_of("tune-teacher")
+
+
+def test_tune_teacher_for_several_problems(tmp_path: Path) -> None:
+    options = ("tune-teacher", "quadratic", "--trials", "1", "--out", tmp_path, "--also", "dim=3 variant=deepmind")
+    assert run(*options)[0] == 0
+    assert run(*options[:-2])[0] == 0
+    studies = {summary.study_name for summary in optuna.get_all_study_summaries(f"sqlite:///{tmp_path / 'teacher.db'}")}
+    assert len(studies) == 2
+    assert any("dim=10" in name and "dim=3, variant='deepmind'" in name for name in studies)
+    assert "dept" in error_of("tune-teacher", "quadratic", "--out", tmp_path, "--also", "dept=3")

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from optuna.trial import FixedTrial
@@ -155,12 +156,22 @@ def test_a_teacher_is_tuned(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(teacher_search, "STEPS", 5)
     monkeypatch.setattr(teacher_search, "_FIRST_TRIAL", first)
     problem = PROBLEMS[name]()
-    one = teacher_search.search_teacher(problem, tmp_path, trials=1, runs=2)
+    one = teacher_search.search_teacher([problem], tmp_path, trials=1, runs=2)
     assert one == teacher_search._suggest(FixedTrial(first))
-    best = teacher_search.search_teacher(problem, tmp_path, trials=12, runs=2)
+    best = teacher_search.search_teacher([problem], tmp_path, trials=12, runs=2)
     assert PowerMomentum(**json.loads((tmp_path / teacher_search.TEACHER).read_text())) == best
-    assert best == teacher_search.search_teacher(problem, tmp_path, trials=12, runs=2)
+    assert best == teacher_search.search_teacher([problem], tmp_path, trials=12, runs=2)
     assert best != one
+
+
+def test_a_teacher_is_judged_by_every_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_search, "_score", lambda instances, *_: float(instances.y.shape[-1]))
+    teacher_search.search_teacher([Quadratic(dim=10), Quadratic(dim=20)], tmp_path, trials=1)
+    [study] = optuna.get_all_study_summaries(f"sqlite:///{tmp_path / teacher_search.TRIALS_FILE}")
+    assert study.best_trial is not None
+    assert study.best_trial.value == 15
+    with pytest.raises(ValueError, match="got none"):
+        teacher_search.search_teacher([], tmp_path)
 
 
 def test_settings_that_diverge_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +180,7 @@ def test_settings_that_diverge_are_passed_over(tmp_path: Path, monkeypatch: pyte
         teacher_search, "_suggest", lambda trial: replace(TEACHER, lr=trial.suggest_float("lr", 1e-3, 1e30, log=True))
     )
     monkeypatch.setattr(teacher_search, "_FIRST_TRIAL", {"lr": 1e30})
-    best = teacher_search.search_teacher(Quadratic(), tmp_path, trials=20, runs=2)
+    best = teacher_search.search_teacher([Quadratic()], tmp_path, trials=20, runs=2)
     assert best.lr < 1e10
 
 

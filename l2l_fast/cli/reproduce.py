@@ -51,6 +51,13 @@ def reproduce(
 
 def tune_teacher(
     problem: ProblemName = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar='"NAME=VALUE ..."',
+            help="Judge by the problem with these settings too, such as hidden=20,20; may be repeated.",
+        ),
+    ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = teacher_search.TRIALS,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search.")] = 0,
     out: Annotated[
@@ -68,6 +75,7 @@ def tune_teacher(
     if problem is None:
         raise ValueError("name the problem to tune the teacher for")
     folder = prepare_folder(Path("runs") / f"teacher-{folder_name(problem)}" if out is None else out)
-    found = teacher_search.search_teacher(make_problem(problem), folder, trials=trials, seed=seed)
+    problems = [make_problem(problem), *(make_problem(problem, settings.split()) for settings in also or ())]
+    found = teacher_search.search_teacher(problems, folder, trials=trials, seed=seed)
     console.print(tables.info_table({name: f"{value:.4g}" for name, value in asdict(found).items()}))
     print_written(folder / teacher_search.TEACHER)

@@ -1,9 +1,9 @@
-"""Settings of the hand-made teacher for a problem, found by a random search that learns."""
+"""Settings of the hand-made teacher for one problem or several, found by a random search that learns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from l2l_fast.experiments.progress import progress
 from l2l_fast.experiments.teacher import PowerMomentum
 from l2l_fast.meta.checkpoint import describe_problem
 from l2l_fast.meta.lock import hold
-from l2l_fast.problems import Evaluates, Problem
+from l2l_fast.problems import Evaluates, Instances, Problem
 
 TEACHER = "teacher.json"
 TRIALS_FILE = "teacher.db"
@@ -48,41 +48,32 @@ _FIRST_TRIAL = {
 
 
 def search_teacher(
-    problem: Problem, folder: Path, *, trials: int = TRIALS, runs: int = RUNS, seed: int = 0
+    problems: Sequence[Problem], folder: Path, *, trials: int = TRIALS, runs: int = RUNS, seed: int = 0
 ) -> PowerMomentum:
     """The best of ``trials`` settings, written to ``folder/teacher.json``.
 
-    Judged by ``log f(100) + 2 log mean f(0..100) + 0.3 log f(200)``, with losses averaged over runs. Trials are kept in
-    ``folder/teacher.db``, by problem, runs and seed, and are not made again.
+    Judged by the mean over ``problems`` of ``log f(100) + 2 log mean f(0..100) + 0.3 log f(200)``, with losses averaged
+    over runs. Trials are kept in ``folder/teacher.db``, by problems, runs and seed, and are not made again.
 
     Raises:
         BlockingIOError: if another search is at work in the folder.
+        ValueError: if there is no problem to judge by.
     """
+    if not problems:
+        raise ValueError("a teacher is tuned for one problem or several, got none")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     generator = torch.Generator().manual_seed(SEARCH_SEED)
-    instances = problem.sample(runs, generator=generator)
+    sets = [problem.sample(runs, generator=generator) for problem in problems]
 
     def judge(teacher: PowerMomentum) -> float:
-        halfway: list[Tensor] = []
-
-        def look(step: int, params: Mapping[str, Tensor]) -> None:
-            if step == STEPS and isinstance(instances, Evaluates):
-                halfway.append(instances.evaluate(params))
-
-        run = descend(instances, teacher, 2 * STEPS, generator=generator, on_step=look)
-        last = final_losses(instances, run.losses, run.params).mean().item()
-        if not math.isfinite(last):
-            return math.inf
-        final = (halfway[0] if halfway else run.losses[STEPS]).mean().item()
-        mean = run.losses[: STEPS + 1].mean().item()
-        return math.log(final) + _MEAN_WEIGHT * math.log(mean) + _LONGER_WEIGHT * math.log(last)
+        return sum(_score(instances, teacher, generator) for instances in sets) / len(sets)
 
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=_STARTUP_TRIALS)
     with hold(folder), progress("tuning a teacher", trials) as advance:
         study = optuna.create_study(
             sampler=sampler,
             storage=f"sqlite:///{folder / TRIALS_FILE}",
-            study_name=f"{describe_problem(problem)} runs={runs} seed={seed}",
+            study_name=f"{' + '.join(map(describe_problem, problems))} runs={runs} seed={seed}",
             load_if_exists=True,
         )
         done = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
@@ -97,6 +88,22 @@ def search_teacher(
     found = _suggest(optuna.trial.FixedTrial(study.best_params))
     write_json(folder / TEACHER, asdict(found))
     return found
+
+
+def _score(instances: Instances, teacher: PowerMomentum, generator: torch.Generator) -> float:
+    halfway: list[Tensor] = []
+
+    def look(step: int, params: Mapping[str, Tensor]) -> None:
+        if step == STEPS and isinstance(instances, Evaluates):
+            halfway.append(instances.evaluate(params))
+
+    run = descend(instances, teacher, 2 * STEPS, generator=generator, on_step=look)
+    last = final_losses(instances, run.losses, run.params).mean().item()
+    if not math.isfinite(last):
+        return math.inf
+    final = (halfway[0] if halfway else run.losses[STEPS]).mean().item()
+    mean = run.losses[: STEPS + 1].mean().item()
+    return math.log(final) + _MEAN_WEIGHT * math.log(mean) + _LONGER_WEIGHT * math.log(last)
 
 
 def _suggest(trial: optuna.Trial | optuna.trial.FixedTrial) -> PowerMomentum:
