@@ -20,7 +20,7 @@ from l2l_fast.backends import get
 from l2l_fast.cli import main
 from l2l_fast.cli.app import app
 from l2l_fast.experiments import recipes
-from l2l_fast.experiments.recipes import Recipe, Stage
+from l2l_fast.experiments.recipes import Recipe
 from l2l_fast.meta import TrainConfig
 from l2l_fast.problems import PROBLEMS
 
@@ -379,7 +379,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
 
 def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TrainConfig(updates=2, horizon=4, truncation=4, batch_size=2, validation_functions=4)
-    tiny = Recipe("tiny", "quadratic", (Stage("train", whole),), "Good for nothing.", choose_scale=True)
+    tiny = Recipe("tiny", "quadratic", LogAndSign(), whole, "Good for nothing.", choose_scale=True)
     monkeypatch.setattr(recipes, "recipe_for", lambda name, teacher: tiny)
     code, printed, _ = run("reproduce", "tiny", "--out", tmp_path / "out")
     assert code == 0

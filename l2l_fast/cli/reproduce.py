@@ -29,21 +29,21 @@ def reproduce(
     rule: Annotated[str, typer.Argument(metavar="RULE", help="A shipped rule: quadratic, mnist or digits.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, functions and minibatches.")] = 1,
     teacher: Annotated[
-        str, typer.Option(metavar="TEACHER", help=f"What a network's rule imitates first: {TEACHER_FORMS}.")
+        str, typer.Option(metavar="TEACHER", help=f"What a network's rule imitates: {TEACHER_FORMS}.")
     ] = SHIPPED,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the stages.", show_default="runs/reproduce-RULE-SEED")
+        Path | None, typer.Option(help="Folder for the training.", show_default="runs/reproduce-RULE-SEED")
     ] = None,
     data_dir: DataDir = None,
     threads: Threads = None,
 ) -> None:
-    """Train a shipped rule again, all stages of its recipe. Interrupted, the same command carries on."""
+    """Train a shipped rule again, by its recipe. Interrupted, the same command carries on."""
     set_threads(threads)
     use_data_dir(data_dir)
     recipe = recipes.recipe_for(rule, teacher)
     folder = prepare_folder(Path("runs") / f"reproduce-{rule}-{seed}" if out is None else out)
     trained = recipes.reproduce(recipe, seed, folder)
-    losses = trained.card["validation_loss_by_output_scale"]
+    losses = trained.card.get("validation_loss_by_output_scale")
     if losses:
         console.print(tables.info_table({f"output_scale {scale}": f"{loss:.4g}" for scale, loss in losses.items()}))
     print_written(folder / recipes.RULE)
@@ -66,7 +66,7 @@ def tune_teacher(
     data_dir: DataDir = None,
     threads: Threads = None,
 ) -> None:
-    """Find the settings of the hand-made optimizer that the recipes for networks imitate first.
+    """Find the settings of the hand-made optimizer that the recipes for networks imitate.
 
     Interrupted, the same command carries on.
     """

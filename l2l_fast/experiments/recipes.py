@@ -1,18 +1,14 @@
-"""How the shipped rules are trained, stage by stage: one command trains them again, from any seed."""
+"""How the shipped rules are trained: one command trains them again, from any seed."""
 
 from __future__ import annotations
 
-import copy
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from l2l_fast.experiments.progress import progress
-from l2l_fast.experiments.teacher import Relay
 from l2l_fast.experiments.teachers import SHIPPED, choose_teacher
 from l2l_fast.experiments.training import fit
 from l2l_fast.meta import MetaTrainer, Teacher, TrainConfig
@@ -24,29 +20,7 @@ from l2l_fast.spec import Identity, LogAndSign, Preprocess
 
 RULE = "rule.safetensors"
 
-# Far enough apart that stages of neighbouring seeds share no training instances.
-_SEEDS_APART = 1000
-
 _GREATEST_POWER = 15  # of 1.1: a fourfold scale
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A meta-training, from the weights that an earlier one ended with.
-
-    Attributes:
-        name: names its folder.
-        config: settings; its seed is that of the reproduction, and different in each stage.
-        start: name of the stage whose best rule it starts from; ``None`` starts from random weights.
-        teacher: whose steps are imitated, if any.
-        leader: a stage whose rule takes the first steps in the teacher's place, and how many.
-    """
-
-    name: str
-    config: TrainConfig
-    start: str | None = None
-    teacher: Teacher | None = None
-    leader: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,56 +30,22 @@ class Recipe:
     Attributes:
         name: of the rule.
         problem: name of what it is trained on.
-        stages: one after the other; the rule is that of the last.
-        limits: what is known not to work, for the card.
         preprocess: of the rule.
+        config: settings of the training but the seed.
+        limits: what is known not to work, for the card.
+        teacher: whose steps are imitated, if any.
         choose_scale: whether validation chooses ``output_scale`` at the end, see :func:`choose_scale`.
         options: what the command has for it besides the name and a seed.
     """
 
     name: str
     problem: str
-    stages: tuple[Stage, ...]
+    preprocess: Preprocess
+    config: TrainConfig
     limits: str
-    preprocess: Callable[[], Preprocess] = LogAndSign
+    teacher: Teacher | None = None
     choose_scale: bool = False
     options: tuple[str, ...] = ()
-
-
-def _network_stages(teacher: Teacher) -> tuple[Stage, ...]:
-    """Learn from a tuned optimizer, then to be faster than it at first, then to be both, at length."""
-    whole = TrainConfig(
-        horizon=100,
-        truncation=100,
-        batch_size=1,
-        coordinate_fraction=0.08,
-        average=0.95,
-        warmup=10,
-        validate_every=100,
-        validation_functions=16,
-    )
-    sprint = TrainConfig(
-        updates=400,
-        horizon=25,
-        truncation=25,
-        batch_size=1,
-        second_derivatives=True,
-        slope_floor=0.1,
-        lr=5e-4,
-        final_lr_fraction=0.1,
-        clip=None,
-        clip_ratio=2.0,
-        average=0.95,
-        warmup=5,
-        validate_every=50,
-        validation_functions=16,
-    )
-    return (
-        Stage("imitate", replace(whole, updates=1200, lr=3e-3), teacher=teacher),
-        Stage("sprint", sprint, start="imitate"),
-        Stage("relay", replace(whole, updates=1500, lr=2e-3), start="imitate", teacher=teacher, leader=("sprint", 8)),
-        Stage("finish", replace(whole, updates=1500, lr=1e-3), start="relay", teacher=teacher, leader=("sprint", 8)),
-    )
 
 
 def recipe_for(rule: str, teacher: str = SHIPPED) -> Recipe:
@@ -122,13 +62,34 @@ def recipe_for(rule: str, teacher: str = SHIPPED) -> Recipe:
         if teacher != SHIPPED:
             raise ValueError("the recipe of 'quadratic' imitates no teacher; leave out --teacher")
         config = TrainConfig(updates=12000, second_derivatives=True)
-        return Recipe(rule, rule, (Stage("train", config),), _QUADRATIC_LIMITS, Identity)
+        return Recipe(rule, rule, Identity(), config, _QUADRATIC_LIMITS)
     if rule in _NETWORK_LIMITS:
-        stages = _network_stages(choose_teacher(teacher, rule))
-        options = () if teacher == SHIPPED else ("--teacher", teacher)
-        return Recipe(rule, rule, stages, _NETWORK_LIMITS[rule], choose_scale=True, options=options)
+        return Recipe(
+            rule,
+            rule,
+            LogAndSign(15.0),
+            _NETWORK_CONFIG,
+            _NETWORK_LIMITS[rule],
+            choose_teacher(teacher, rule),
+            choose_scale=True,
+            options=() if teacher == SHIPPED else ("--teacher", teacher),
+        )
     raise ValueError(f"there is no recipe for {rule!r}, only for 'quadratic', {', '.join(map(repr, _NETWORK_LIMITS))}")
 
+
+# One run of 100 steps per update, imitated from its start to its end.
+_NETWORK_CONFIG = TrainConfig(
+    updates=2500,
+    horizon=100,
+    truncation=100,
+    batch_size=1,
+    coordinate_fraction=0.08,
+    lr=3e-3,
+    warmup=10,
+    average=0.95,
+    validate_every=100,
+    validation_functions=16,
+)
 
 _QUADRATIC_LIMITS = (
     "Trained for 100 steps and for functions of this scale and dimension. On 2048 functions of dimension 20 the mean "
@@ -142,39 +103,26 @@ _NETWORK_LIMITS = {
 
 
 def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
-    """Train a rule as its recipe says; its card tells what it went through.
+    """Train a rule as its recipe says; its card tells how.
 
-    Every stage has a folder of its own in ``folder``. What was interrupted carries on there, and what is done is not
-    done again. ``folder/rule.safetensors`` is written at the end.
+    What was interrupted carries on, and what is done is not done again. ``folder/rule.safetensors`` is written at the
+    end.
 
     Raises:
         BlockingIOError: if another training is at work in the folder.
         OSError: if it can't be written.
-        ValueError: if the folder holds stages of another recipe or of another seed.
+        ValueError: if the folder holds another training, or one from another seed.
     """
-    problem = PROBLEMS[recipe.problem]()
-    rules: dict[str, CoordinatewiseLSTM] = {}
-    history: list[dict[str, Any]] = []
-    for number, stage in enumerate(recipe.stages):
-        config = replace(stage.config, seed=seed + _SEEDS_APART * number)
-        rule = _fresh(recipe, seed) if stage.start is None else copy.deepcopy(rules[stage.start])
-        trainer = MetaTrainer(
-            rule, problem, config, teacher=_teacher(stage, rules), folder=folder / f"{number + 1}-{stage.name}"
-        )
-        resume = (folder / f"{number + 1}-{stage.name}" / CHECKPOINT).exists()
-        best = fit(trainer, description=stage.name, resume=resume).best_rule
-        assert isinstance(best, CoordinatewiseLSTM)
-        rules[stage.name] = best
-        history.append({"stage": stage.name, "start": stage.start, "leader": stage.leader, **best.card})
-    chosen, losses = rules[recipe.stages[-1].name], dict[str, float]()
-    if recipe.choose_scale:
-        chosen, losses = choose_scale(chosen, problem, config)
+    problem, config = PROBLEMS[recipe.problem](), replace(recipe.config, seed=seed)
+    trainer = MetaTrainer(_fresh(recipe, seed), problem, config, teacher=recipe.teacher, folder=folder)
+    best = fit(trainer, description=recipe.name, resume=(folder / CHECKPOINT).exists()).best_rule
+    assert isinstance(best, CoordinatewiseLSTM)
+    chosen, losses = choose_scale(best, problem, config) if recipe.choose_scale else (best, {})
     chosen.card = {
         "name": recipe.name,
         "command": shlex.join(["l2l-fast", "reproduce", recipe.name, *recipe.options, "--seed", str(seed)]),
-        "problem": history[-1]["problem"],
-        "stages": history,
-        "validation_loss_by_output_scale": losses,
+        **best.card,
+        **({"validation_loss_by_output_scale": losses} if losses else {}),
         "limits": recipe.limits,
     }
     chosen.save(folder / RULE)
@@ -184,14 +132,7 @@ def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
 def _fresh(recipe: Recipe, seed: int) -> CoordinatewiseLSTM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CoordinatewiseLSTM(preprocess=recipe.preprocess())
-
-
-def _teacher(stage: Stage, rules: dict[str, CoordinatewiseLSTM]) -> Teacher | None:
-    if stage.teacher is None or stage.leader is None:
-        return stage.teacher
-    leader, steps = stage.leader
-    return Relay(rules[leader], steps, stage.teacher)
+        return CoordinatewiseLSTM(preprocess=recipe.preprocess)
 
 
 def choose_scale(

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from l2l_fast.meta import Teacher
-from l2l_fast.optim import LearnedOptimizer
-from l2l_fast.rule import CoordinatewiseLSTM
 
 GRADIENT = 0.05  # where ``lr`` is the length of a step: about the root mean square at the start on MNIST
 
@@ -74,42 +70,6 @@ class PowerMomentum:
         fallen = 0.5 + 0.5 * math.tanh((step - self.settle_at) / self.settle_width / 2)
         shorter = decayed * (1 - (1 - self.settled) * fallen)
         return self.lr * shorter * math.pow(GRADIENT, self.power - 1)
-
-
-@dataclass(frozen=True)
-class Relay:
-    """A rule for the first steps, then another teacher, which has seen the gradients of these too.
-
-    Args:
-        rule: takes the first ``steps``.
-        then: takes the others.
-    """
-
-    rule: CoordinatewiseLSTM = field(repr=False)
-    steps: int
-    then: Teacher
-
-    def __call__(self, params: list[Tensor], /) -> torch.optim.Optimizer:
-        """An optimizer of ``params``."""
-        return _RelayOptimizer(params, self)
-
-
-class _RelayOptimizer(torch.optim.Optimizer):
-    def __init__(self, params: list[Tensor], relay: Relay) -> None:
-        super().__init__(params, {})
-        self._left = relay.steps
-        self._first, self._then = LearnedOptimizer(params, relay.rule), relay.then(params)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        params = self.param_groups[0]["params"]
-        before = [param.clone() for param in params]
-        self._then.step()
-        if self._left:
-            self._left -= 1
-            for param, value in zip(params, before, strict=True):
-                param.copy_(value)
-            self._first.step()
 
 
 class _Optimizer(torch.optim.Optimizer):
