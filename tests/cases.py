@@ -18,7 +18,7 @@ from l2l_fast import Identity, LogAndSign, RuleSpec, reference
 
 SPECS = {
     "log10": RuleSpec(20, LogAndSign(10.0), 0.1),
-    "log5": RuleSpec(20, LogAndSign(5.0), 0.7),
+    "log15": RuleSpec(20, LogAndSign(15.0), 0.7),
     "identity": RuleSpec(20, Identity(), 0.1),
 }
 

@@ -79,7 +79,7 @@ def recipe_for(rule: str, teacher: str = SHIPPED) -> Recipe:
 
 # One run of 100 steps per update, imitated from its start to its end.
 _NETWORK_CONFIG = TrainConfig(
-    updates=2500,
+    updates=2000,
     horizon=100,
     truncation=100,
     batch_size=1,
