@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import pickle
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from emulated_graphs import Emulator
+from test_cli import SMALL as TRAINING
+from test_cli import run
 from torch import Tensor, nn
 from trainings import SMALL, LinearRule, SquareProblem, Stop, contents, make_rule, stop_after
 
@@ -115,7 +118,7 @@ def test_training_has_the_same_bits(
 
 
 def test_the_rule_with_its_preprocessing(emulator: Emulator) -> None:
-    def run(graph: StepGraph | None) -> list[Tensor]:
+    def train(graph: StepGraph | None) -> list[Tensor]:
         torch.manual_seed(0)
         rule, results = CoordinatewiseLSTM(hidden_size=5, preprocess=LogAndSign()), []
         for seed in range(2):
@@ -125,7 +128,7 @@ def test_the_rule_with_its_preprocessing(emulator: Emulator) -> None:
             results += torch.autograd.grad(result.loss, list(rule.parameters()))
         return results
 
-    for graphed, plain in zip(run(StepGraph()), run(None), strict=True):
+    for graphed, plain in zip(train(StepGraph()), train(None), strict=True):
         assert torch.equal(graphed, plain)
 
 
@@ -184,6 +187,13 @@ def test_a_copy_captures_anew(emulator: Emulator, copied: Callable[[StepGraph], 
     first = train(graph)
     assert torch.equal(train(copied(graph)), first)
     assert len(emulator.graphs) == 2
+
+
+def test_the_command_line_captures_a_graph(emulator: Emulator, tmp_path: Path) -> None:
+    options = ["--backend", "reference", "--validation-functions", "4", "--cuda-graph"]
+    assert run("train", "quadratic", *TRAINING, *options, "--out", tmp_path)[0] == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["config"]["cuda_graph"] is True
+    assert [graph.replays for graph in emulator.graphs] == [12]
 
 
 # What a graph can't hold
