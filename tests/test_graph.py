@@ -96,7 +96,13 @@ def test_memory_that_nobody_keeps_is_found(emulator: Emulator) -> None:
     ("problem", "settings"),
     [
         (Quadratic(), {}),
-        (Quadratic(), {"backend": "triton"}),
+        pytest.param(
+            Quadratic(),
+            {"backend": "triton"},
+            marks=pytest.mark.skipif(
+                torch.cuda.is_available(), reason="kernels run on the device then: see tests/cuda"
+            ),
+        ),
         (Quadratic(3, "deepmind"), {"shards": 2, "objective": "log", "loss_power": 1.0}),
         (DIGITS, {}),
         (DIGITS, {"coordinate_fraction": 0.5, "truncation": 9, "batch_size": 1}),
@@ -237,6 +243,12 @@ def test_only_steps_of_first_order(emulator: Emulator, second: bool) -> None:
         unroll(make_rule(), instances, 2, second_derivatives=second, graph=StepGraph())
 
 
+def test_a_graph_that_is_none(emulator: Emulator) -> None:
+    instances = Quadratic().sample(2, generator=seeded())
+    with pytest.raises(TypeError, match="graph must be a StepGraph or None, got bool"):
+        unroll(make_rule(), instances, 2, graph=True)  # type: ignore[arg-type]
+
+
 def test_a_graph_serves_what_it_was_captured_for(emulator: Emulator) -> None:
     graph = StepGraph()
     for batch_size, expected in ((2, None), (3, "captured for")):
@@ -311,7 +323,7 @@ def test_what_is_drawn_keeps_its_shape(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("problem", [Quadratic(), Quadratic(4, "deepmind"), DIGITS], ids=str)
 def test_what_is_drawn_makes_the_loss(emulator: Emulator, problem: Problem) -> None:
-    check_graph(make_rule(), problem, CPU)
+    check_graph(make_rule(), problem)
     instances = problem.sample(3, generator=seeded())
     assert isinstance(instances, Replayable)
     params = instances.init(generator=seeded(1))

@@ -119,4 +119,4 @@ def check_usable(rule: CoordinatewiseLSTM, problem: Problem, config: TrainConfig
     weights = rule.output.weight
     resolve(config.backend, weights.device, weights.dtype, rule.spec)
     if config.cuda_graph:
-        check_graph(rule, problem, weights.device)
+        check_graph(rule, problem)

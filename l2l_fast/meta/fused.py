@@ -105,16 +105,16 @@ class FusedUnroll:
         assert isinstance(self.instances, Replayable)  # checked by unroll
         weights = self.weights.detach()
         theta, packed = self._first_place()
-        losses = grads.new_empty(steps + 1, self.layout.batch)
+        losses: list[Tensor] = []
         drawn = self.instances.draw(generator=self.generator)
         step = graph.step(self.backend, self.spec, weights, self.instances, self.layout, theta, packed, drawn)
         step.begin(weights, theta, packed)
         for t in range(steps):
-            step.take(drawn, grads[t], losses[t])
+            losses.append(step.take(drawn, out=grads[t]))
             drawn = self.instances.draw(generator=self.generator)
         theta, packed = step.place()
-        step.take(drawn, grads[steps], losses[steps])  # for its gradient: where it leads to is of no account
-        return Rollout(losses, theta, packed)
+        losses.append(step.take(drawn, out=grads[steps]))  # for its gradient: where it leads to is of no account
+        return Rollout(torch.stack(losses), theta, packed)
 
     def _first_place(self) -> tuple[Tensor, Tensor]:
         """Copies of the first point and of the state there, packed."""

@@ -53,12 +53,13 @@ class GraphedStep:
         self._theta, self._packed = theta.clone(), packed.clone()
         self._point = Point(layout, self._theta)
         self._drawn = {name: tensor.clone() for name, tensor in drawn.items()}
-        self._grad, self._losses = torch.empty_like(theta), theta.new_empty(layout.batch)
+        self._kinds = _kinds(drawn)
+        self._grad = torch.empty_like(theta)
+        self._losses: Tensor  # those of the capture, where each replay writes its own
         self._graph = capture(self._work, layout.device)
 
     def _work(self) -> None:
-        losses = self._point.evaluate(lambda params: self._instances.loss_of(params, self._drawn), out=self._grad)
-        self._losses.copy_(losses)
+        self._losses = self._point.evaluate(lambda params: self._instances.loss_of(params, self._drawn), out=self._grad)
         self._backend.step_(self._spec, self._prepared, [self._theta], [self._grad], [self._packed])
 
     def begin(self, weights: Tensor, theta: Tensor, packed: Tensor) -> None:
@@ -71,23 +72,23 @@ class GraphedStep:
         """Copies of the point and the packed state."""
         return self._theta.clone(), self._packed.clone()
 
-    def take(self, drawn: Mapping[str, Tensor], grad: Tensor, losses: Tensor) -> None:
-        """Take a step; the gradient before it is written to ``grad [N]``, the losses to ``losses [batch]``.
+    def take(self, drawn: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        """Take a step; returns the losses ``[batch]`` before it, whose gradient is written to ``out [N]``.
 
         Raises:
             ValueError: if ``drawn`` is of another kind than what the step was captured with.
         """
-        found, expected = _kinds(drawn), _kinds(self._drawn)
-        if found != expected:
+        found = _kinds(drawn)
+        if found != self._kinds:
             raise ValueError(
                 f"instances.draw must return tensors of the same names, shapes, dtypes and devices each time; it once "
-                f"gave {expected} and now {found}"
+                f"gave {self._kinds} and now {found}"
             )
         for name, tensor in drawn.items():
             self._drawn[name].copy_(tensor)
         self._graph.replay()
-        grad.copy_(self._grad)
-        losses.copy_(self._losses)
+        out.copy_(self._grad)
+        return self._losses.clone()
 
 
 class StepGraph:
@@ -166,6 +167,15 @@ def check_capturable(rule: nn.Module, instances: Instances) -> None:
         TypeError: if the rule or the instances are of a kind that it can't hold.
         ValueError: if the rule is not on a CUDA device.
     """
+    _check_rule(rule)
+    if not isinstance(instances, Replayable):
+        raise TypeError(
+            f"{type(instances).__name__} has no methods draw and loss_of (see l2l_fast.problems.Replayable), which a "
+            "CUDA graph needs; leave cuda_graph out"
+        )
+
+
+def _check_rule(rule: nn.Module) -> None:
     if not isinstance(rule, CoordinatewiseLSTM):
         raise TypeError(
             f"a CUDA graph holds steps of a CoordinatewiseLSTM only, got {type(rule).__name__}; leave cuda_graph out"
@@ -176,20 +186,16 @@ def check_capturable(rule: nn.Module, instances: Instances) -> None:
             f"a CUDA graph needs the rule on a CUDA device, it is on {device}; move it there with .to('cuda') or "
             "--device cuda, or leave cuda_graph out"
         )
-    if not isinstance(instances, Replayable):
-        raise TypeError(
-            f"{type(instances).__name__} has no methods draw and loss_of (see l2l_fast.problems.Replayable), which a "
-            "CUDA graph needs; leave cuda_graph out"
-        )
 
 
-def check_graph(rule: nn.Module, problem: Problem, device: torch.device) -> None:
+def check_graph(rule: nn.Module, problem: Problem) -> None:
     """Make sure that a graph can hold steps of ``rule`` on instances of ``problem``, whichever they are.
 
     Raises:
         TypeError, ValueError: if it can't; see :func:`check_capturable`.
     """
-    generator = torch.Generator().manual_seed(0)
+    _check_rule(rule)  # before data are loaded
+    generator, device = torch.Generator().manual_seed(0), next(rule.parameters()).device
     captured, other = (problem.sample(1, generator=generator, device=device) for _ in range(2))
     check_capturable(rule, captured)
     assert isinstance(captured, Replayable)

@@ -119,7 +119,7 @@ class MetaTrainer:
         # Taken now: a problem may change while it is sampled from.
         self._about = checkpoint.describe(rule, problem, self.config, teacher)
         if self.config.cuda_graph:
-            self._team.together(lambda: check_graph(rule, problem, self._device))
+            self._team.together(lambda: check_graph(rule, problem))
         if self.config.validation_functions is None:
             functions = self._team.together(lambda: validation_functions(rule, problem, self._device))
             self.config = replace(self.config, validation_functions=functions)

@@ -98,6 +98,8 @@ def unroll(
     _check_slope_floor(slope_floor, rule, second_derivatives)
     _check_instances(instances, params is None)
     if graph is not None:
+        if not isinstance(graph, StepGraph):
+            raise TypeError(f"graph must be a StepGraph or None, got {type(graph).__name__}")
         check_capturable(rule, instances)
     if params is None:
         params = instances.init(generator=generator)

@@ -11,7 +11,6 @@ import torch
 from cuda_models import Model, assert_same, ragged_shapes
 from meta_training import network
 from plain_loop import make_rule
-from torch import Tensor
 
 from l2l_fast import CoordinatewiseLSTM, MetaTrainer, TrainConfig, unroll
 from l2l_fast.meta.graph import StepGraph
@@ -250,12 +249,12 @@ def test_a_replayed_step_does_not_wait(rule: CoordinatewiseLSTM, device: torch.d
     run = unroll(rule, instances, 2, generator=source, graph=graph)
     assert graph._step is not None
     coordinates = sum(tensor.numel() for tensor in run.params.values())
-    grad, losses = torch.zeros(coordinates, device=device), torch.zeros(1, device=device)
+    grad = torch.zeros(coordinates, device=device)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            graph._step.take(instances.draw(generator=source), grad, losses)
+            losses = graph._step.take(instances.draw(generator=source), out=grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert losses.isfinite().all()
