@@ -53,10 +53,10 @@ class TrainConfig:
         max_seconds: stop after so many seconds of a call of ``fit``; a safety stop, as the learning rate
             does not know of it.
         backend: name of a backend, or ``None`` for the fastest that works.
-        cuda_graph: replay the steps of a run as a CUDA graph, meant for small networks, of which a step is mostly launches. For
-            first-order meta-gradients of a :class:`CoordinatewiseLSTM` on a CUDA device, without a teacher, and
-            problems whose instances are :class:`l2l_fast.problems.Replayable`. The result is the same. Validation
-            goes without.
+        cuda_graph: replay the steps of a run as a CUDA graph, meant for small networks, of which a step is mostly
+            launches. For first-order meta-gradients of a :class:`CoordinatewiseLSTM` on a CUDA device, without a
+            teacher, and problems whose instances are :class:`l2l_fast.problems.Replayable`. The result is the same.
+            Validation goes without.
 
     Raises:
         ValueError, TypeError: if a setting has no meaning, saying which and why.
