@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from gpu_graph import meta_training
 from gpu_measure import Bench, Check, Run, close, compare, device_state
 from shapes import MODELS
 from torch import Tensor
@@ -644,6 +645,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "one-step backward": step_backward,
     "unroll backward": unroll_backward,
     "meta-step": meta_step,
+    "meta-training": meta_training,
     "baselines": baselines,
     "AdamW": adamw,
     "models": models,

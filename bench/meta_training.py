@@ -22,13 +22,13 @@ from l2l_fast.problems.classification import ImageClassifier, ImageClassifierIns
 COORDINATES = 784 * 20 + 20 + 20 * 10 + 10
 
 
-def network(hidden: int = 20) -> ImageClassifierInstances:
-    """One network of 784-20-10 units with minibatches of 128 images."""
+def network(hidden: int = 20, batch: int = 1, device: torch.device | None = None) -> ImageClassifierInstances:
+    """So many networks of 784-20-10 units, one by default, with minibatches of 128 images."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (1000, 28, 28), generator=generator, dtype=torch.uint8)
     labels = torch.randint(10, (1000,), generator=generator)
     data = Dataset("random", images, labels, images, labels, classes=10, largest=255)
-    return ImageClassifierInstances(ImageClassifier("mnist", hidden=(hidden,)), data, 1, None)
+    return ImageClassifierInstances(ImageClassifier("mnist", hidden=(hidden,)), data, batch, device)
 
 
 def fused(rule: l2l_fast.CoordinatewiseLSTM, instances: ImageClassifierInstances, steps: int, order: str) -> Tensor:

@@ -91,6 +91,9 @@ class OnDevice:
     def prepare(self, spec: RuleSpec, weights: Tensor) -> Any:
         return self.inner.prepare(spec, self._there(weights))
 
+    def renew(self, spec: RuleSpec, prepared: Any, weights: Tensor) -> Any:
+        return self.inner.renew(spec, prepared, self._there(weights))
+
     def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.inner.init_state(n, spec, dtype, self.device).cpu()
 

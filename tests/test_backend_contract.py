@@ -438,6 +438,24 @@ def test_arguments_are_left_alone(backend: Backend) -> None:
         assert_same_bits(tensor, copy)
 
 
+def test_renewed_weights_are_those_of_a_new_preparation(backend: Backend) -> None:
+    case = StepCase(n=65).draws[0]
+    old, new = case.weights, case.weights.flip(0)
+    before = old.clone()
+
+    def step(prepared: Any) -> Tensor:
+        param, packed = torch.zeros_like(case.grad), backend.pack_state(case.state, torch.float32)
+        backend.step_(SPEC, prepared, [param], [case.grad], [packed])
+        return param
+
+    prepared = backend.prepare(SPEC, old)
+    with_old = step(prepared)
+    with_new = step(backend.renew(SPEC, prepared, new))
+    assert_same_bits(with_new, step(backend.prepare(SPEC, new)))
+    assert not torch.equal(with_new, with_old)
+    assert_same_bits(old, before)
+
+
 def test_any_strides(backend: Backend) -> None:
     """Results do not depend on how the arguments lie in memory."""
 

@@ -44,6 +44,12 @@ class Backend(Protocol):
     def prepare(self, spec: RuleSpec, weights: Tensor) -> Any:
         """The weights in the form that :meth:`step_` takes; valid until the weights change."""
 
+    def renew(self, spec: RuleSpec, prepared: Any, weights: Tensor) -> Any:
+        """What :meth:`prepare` gives for other ``weights``; on a CUDA device in the memory of ``prepared``.
+
+        So a CUDA graph that reads it goes on with the new weights.
+        """
+
     def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A packed state of ``n`` coordinates, all zero, stored as ``dtype``."""
 

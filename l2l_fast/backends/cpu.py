@@ -73,6 +73,9 @@ class CPUBackend:
     def prepare(self, spec: RuleSpec, weights: Tensor) -> Any:
         return _C.Weights(_array(weights.to(torch.float32)), spec.log_p, spec.output_scale)
 
+    def renew(self, spec: RuleSpec, prepared: Any, weights: Tensor) -> Any:
+        return self.prepare(spec, weights)
+
     def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         if dtype == torch.int8:
             return int8.init(n, 4 * spec.hidden_size, device)

@@ -38,7 +38,10 @@ class ReferenceBackend:
         return None
 
     def prepare(self, spec: RuleSpec, weights: Tensor) -> Tensor:
-        return weights.detach()
+        return weights.detach().clone()
+
+    def renew(self, spec: RuleSpec, prepared: Tensor, weights: Tensor) -> Tensor:
+        return prepared.copy_(weights.detach())
 
     def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         if dtype == torch.int8:

@@ -256,6 +256,11 @@ class TritonBackend:
     def prepare(self, spec: RuleSpec, weights_: Tensor) -> Any:
         return _Prepared(weights.pack(weights_, spec.features))
 
+    def renew(self, spec: RuleSpec, prepared: Any, weights_: Tensor) -> Any:
+        for old, new in zip(prepared.weights, weights.pack(weights_, spec.features), strict=True):
+            old.copy_(new)
+        return prepared
+
     def init_state(self, n: int, spec: RuleSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         if _capturing(device):
             raise RuntimeError(

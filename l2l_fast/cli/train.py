@@ -248,6 +248,10 @@ def train(
             metavar=f"[{'|'.join(NAMES)}]", help="What computes the rule.", show_default="the fastest that works"
         ),
     ] = None,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph", help="Replay the steps of a run as a CUDA graph: for small networks on a GPU."),
+    ] = False,
     data_dir: DataDir = None,
     threads: Threads = None,
 ) -> None:
@@ -285,6 +289,7 @@ def train(
         seed=seed,
         max_seconds=max_seconds,
         backend=backend,
+        cuda_graph=cuda_graph,
     )
     if search is not None and launched():
         raise ValueError(
@@ -302,7 +307,7 @@ def train(
     def make_rule() -> CoordinatewiseLSTM:
         return initial_rule(init_from, preprocess, p, output_scale, hidden_size, seed).to(place)
 
-    check_usable(make_rule(), config, known_teacher)  # before there is a folder
+    check_usable(make_rule(), known_problem, config, known_teacher)  # before there is a folder
     path = Path("runs") / folder_name(name) if out is None else out
     write_curves = write_tensorboard(path / TENSORBOARD) if tensorboard else None
     folder = prepare_folder(path)

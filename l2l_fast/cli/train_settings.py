@@ -8,7 +8,9 @@ import torch
 
 from l2l_fast.backends import resolve
 from l2l_fast.meta import Teacher, TrainConfig
+from l2l_fast.meta.graph import check_graph
 from l2l_fast.meta.imitation import check_teaching
+from l2l_fast.problems import Problem
 from l2l_fast.rule import CoordinatewiseLSTM, as_rule
 from l2l_fast.spec import LogAndSign, RuleSpec
 
@@ -104,14 +106,17 @@ def initial_rule(
     )
 
 
-def check_usable(rule: CoordinatewiseLSTM, config: TrainConfig, teacher: Teacher | None) -> None:
-    """Refuse settings that only have a meaning, or not, for this very rule and teacher.
+def check_usable(rule: CoordinatewiseLSTM, problem: Problem, config: TrainConfig, teacher: Teacher | None) -> None:
+    """Refuse settings that only have a meaning, or not, for this very rule, problem and teacher.
 
     Raises:
-        ValueError: if a setting has no meaning with a teacher.
+        TypeError: if a CUDA graph can't hold losses of the problem.
+        ValueError: if a setting has no meaning with a teacher or on this device.
         RuntimeError: if the backend can't run the rule.
     """
     if teacher is not None:
         check_teaching(rule, config)
     weights = rule.output.weight
     resolve(config.backend, weights.device, weights.dtype, rule.spec)
+    if config.cuda_graph:
+        check_graph(rule, problem)

@@ -10,7 +10,7 @@ from l2l_fast.backends import get
 from l2l_fast.meta.objective import Objective
 
 # Fields that may differ when training is resumed: they have no influence on its result.
-FREE_FIELDS = frozenset({"checkpoint_every", "max_seconds"})
+FREE_FIELDS = frozenset({"checkpoint_every", "cuda_graph", "max_seconds"})
 
 _GREATEST_SEED = 2**63 - 1
 
@@ -53,6 +53,10 @@ class TrainConfig:
         max_seconds: stop after so many seconds of a call of ``fit``; a safety stop, as the learning rate
             does not know of it.
         backend: name of a backend, or ``None`` for the fastest that works.
+        cuda_graph: replay the steps of a run as a CUDA graph, meant for small networks, of which a step is mostly
+            launches. For first-order meta-gradients of a :class:`CoordinatewiseLSTM` on a CUDA device, without a
+            teacher, and problems whose instances are :class:`l2l_fast.problems.Replayable`. The result is the same.
+            Validation goes without.
 
     Raises:
         ValueError, TypeError: if a setting has no meaning, saying which and why.
@@ -83,6 +87,7 @@ class TrainConfig:
     seed: int = 0
     max_seconds: float | None = None
     backend: str | None = None
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -117,6 +122,8 @@ class TrainConfig:
             raise ValueError(f"slope_floor must be finite and not negative, got {self.slope_floor}")
         if self.slope_floor and not self.second_derivatives:
             raise ValueError("slope_floor has a meaning with second derivatives only; set it to 0")
+        if self.cuda_graph and self.second_derivatives:
+            raise ValueError("a CUDA graph takes the steps of first-order meta-gradients only; leave cuda_graph out")
         if self.coordinate_fraction < 1 and self.second_derivatives:
             raise ValueError("second derivatives need every coordinate; set coordinate_fraction to 1")
         if not (math.isfinite(self.loss_power) and self.loss_power >= 0):

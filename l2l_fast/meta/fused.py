@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from l2l_fast import autograd
 from l2l_fast.backends import Backend, resolve
+from l2l_fast.meta.graph import StepGraph
 from l2l_fast.meta.layout import Layout
 from l2l_fast.meta.objective import MetaLoss
+from l2l_fast.meta.point import Point
 from l2l_fast.meta.sampling import sample_coordinates
 from l2l_fast.meta.second_order import Optimizee, Recorder, Walk, second_order_loss
-from l2l_fast.problems import Instances
+from l2l_fast.problems import Instances, Replayable
 from l2l_fast.rule import CoordinatewiseLSTM
 
 
@@ -78,48 +81,63 @@ class FusedUnroll:
         """
         spec, layout, chosen = self.spec, self.layout, self.backend
         prepared = chosen.prepare(spec, self.weights.detach())
+        theta, packed = self._first_place()
+        rows = [theta.new_empty(layout.n)] * steps if grads is None else grads.unbind()
+        point = Point(layout, theta)
+        loss = partial(self.instances.loss, generator=self.generator)
+        losses: list[Tensor] = []
+        for t in range(steps):
+            before_step(t, theta, packed)
+            losses.append(point.evaluate(loss, out=rows[t]))
+            if step is None:
+                chosen.step_(spec, prepared, [theta], [rows[t]], [packed])
+            else:
+                step(t, theta, rows[t])
+        if grads is not None:
+            losses.append(point.evaluate(loss, out=rows[steps]))
+        else:
+            with torch.no_grad():
+                losses.append(loss(point.params))
+        return Rollout(torch.stack(losses), theta, packed)
+
+    def replay(self, steps: int, grads: Tensor, graph: StepGraph) -> Rollout:
+        """The rule's steps as :meth:`roll` takes them, by ``graph``; ``grads [steps + 1, N]`` is filled."""
+        assert isinstance(self.instances, Replayable)  # checked by unroll
+        weights = self.weights.detach()
+        theta, packed = self._first_place()
+        losses: list[Tensor] = []
+        drawn = self.instances.draw(generator=self.generator)
+        step = graph.step(self.backend, self.spec, weights, self.instances, self.layout, theta, packed, drawn)
+        step.begin(weights, theta, packed)
+        for t in range(steps):
+            losses.append(step.take(drawn, out=grads[t]))
+            drawn = self.instances.draw(generator=self.generator)
+        theta, packed = step.place()
+        losses.append(step.take(drawn, out=grads[steps]))  # for its gradient: where it leads to is of no account
+        return Rollout(torch.stack(losses), theta, packed)
+
+    def _first_place(self) -> tuple[Tensor, Tensor]:
+        """Copies of the first point and of the state there, packed."""
+        spec, layout = self.spec, self.layout
         theta = self.start.detach().clone()
         if self.state is None:
-            packed = chosen.init_state(layout.n, spec, layout.dtype, layout.device)
-        else:
-            packed = chosen.pack_state(self.state.detach(), layout.dtype)
-        rows = [theta.new_empty(layout.n)] * steps if grads is None else grads.unbind()
-        # Leaves that share theta's memory: each step sees the values that the one before it wrote.
-        params = {name: view.detach().requires_grad_() for name, view in layout.views(theta).items()}
-        leaves = tuple(params.values())
-        ones = theta.new_ones(layout.batch)
-        losses: list[Tensor] = []
-
-        def evaluate(row: Tensor) -> None:
-            loss = self.instances.loss(params, generator=self.generator)
-            layout.check_losses(loss)
-            layout.gather(torch.autograd.grad(loss, leaves, ones, materialize_grads=True), out=row)
-            losses.append(loss.detach())
-
-        with torch.enable_grad():
-            for t in range(steps):
-                before_step(t, theta, packed)
-                evaluate(rows[t])
-                if step is None:
-                    chosen.step_(spec, prepared, [theta], [rows[t]], [packed])
-                else:
-                    step(t, theta, rows[t])
-            if grads is not None:
-                evaluate(rows[steps])
-        if grads is None:
-            with torch.no_grad():
-                losses.append(self.instances.loss(params, generator=self.generator))
-        return Rollout(torch.stack(losses), theta, packed)
+            return theta, self.backend.init_state(layout.n, spec, layout.dtype, layout.device)
+        return theta, self.backend.pack_state(self.state.detach(), layout.dtype)
 
     def forward_only(self, steps: int, meta_loss: MetaLoss) -> tuple[Tensor, Rollout]:
         """Meta-loss and run, where no meta-gradient is wanted."""
         run = self.roll(steps, None, lambda t, theta, packed: None)
         return meta_loss.value(run.losses), run
 
-    def first_order(self, steps: int, meta_loss: MetaLoss, coordinate_fraction: float) -> tuple[Tensor, Rollout]:
-        """Meta-loss and run; the backward of all steps is one call."""
+    def first_order(
+        self, steps: int, meta_loss: MetaLoss, coordinate_fraction: float, graph: StepGraph | None = None
+    ) -> tuple[Tensor, Rollout]:
+        """Meta-loss and run, its steps taken by ``graph`` if there is one; the backward of all steps is one call."""
         grads = self.start.new_empty(steps + 1, self.layout.n)
-        run = self.roll(steps, grads, lambda t, theta, packed: None)
+        if graph is None:
+            run = self.roll(steps, grads, lambda t, theta, packed: None)
+        else:
+            run = self.replay(steps, grads, graph)
         loss, d_points, state = meta_loss.value(run.losses), self._d_points(grads, run.losses, meta_loss), self.state
         if coordinate_fraction < 1:
             every = grads if d_points is None else d_points

@@ -46,6 +46,10 @@ def check_teaching(rule: nn.Module, config: TrainConfig) -> None:
             f"a teacher is imitated over whole runs; set truncation, which is {config.truncation}, to the horizon of "
             f"{config.horizon}"
         )
+    if config.cuda_graph:
+        raise ValueError(
+            "a CUDA graph can't hold the steps of a teacher, which may be any optimizer; leave cuda_graph out"
+        )
     plain = TrainConfig()
     for name in ("objective", "loss_power", "loss_weights", "second_derivatives"):
         if getattr(config, name) != getattr(plain, name):

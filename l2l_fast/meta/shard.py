@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from l2l_fast.meta.checkpoint import select
 from l2l_fast.meta.config import TrainConfig
+from l2l_fast.meta.graph import StepGraph
 from l2l_fast.meta.imitation import Teacher, imitate
 from l2l_fast.meta.unroll import Unroll, unroll
 from l2l_fast.problems import Instances, Problem
@@ -52,6 +53,7 @@ class Shard:
         self._device = device
         self._teacher = teacher
         self._generator = torch.Generator().manual_seed(_seed(config.seed, number))
+        self._graph = StepGraph() if config.cuda_graph else None
         self._run: _Run | None = None
 
     def unroll(self, rule: nn.Module, position: int, done: float) -> Unroll:
@@ -89,6 +91,7 @@ class Shard:
             slope_floor=config.slope_floor,
             coordinate_fraction=config.coordinate_fraction,
             backend=config.backend,
+            graph=self._graph,
         )
         self._run.params, self._run.state = segment.params, segment.state
         return segment

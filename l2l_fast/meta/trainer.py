@@ -21,6 +21,7 @@ from l2l_fast.meta.checkpoint import Progress
 from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.distributed import Team, job, restarted
 from l2l_fast.meta.folder import TrainingFolder
+from l2l_fast.meta.graph import check_graph
 from l2l_fast.meta.imitation import Teacher, check_teaching
 from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent
@@ -81,9 +82,9 @@ class MetaTrainer:
         config: the settings, with a number for ``validation_functions``.
 
     Raises:
-        TypeError: if an argument has the wrong kind.
-        ValueError: if no weight of the rule requires grad, or settings have no meaning with a teacher, or the ranks
-            can't share the shards evenly or differ in what they are to train.
+        TypeError: if an argument has the wrong kind, or one that ``config.cuda_graph`` can't serve.
+        ValueError: if no weight of the rule requires grad, or settings have no meaning with a teacher or on this
+            device, or the ranks can't share the shards evenly or differ in what they are to train.
 
     Source: Andrychowicz et al. 2016, sections 2 and 3.
     """
@@ -117,6 +118,8 @@ class MetaTrainer:
         shares = self._team.share(self.config.shards)
         # Taken now: a problem may change while it is sampled from.
         self._about = checkpoint.describe(rule, problem, self.config, teacher)
+        if self.config.cuda_graph:
+            self._team.together(lambda: check_graph(rule, problem))
         if self.config.validation_functions is None:
             functions = self._team.together(lambda: validation_functions(rule, problem, self._device))
             self.config = replace(self.config, validation_functions=functions)

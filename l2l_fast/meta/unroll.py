@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_fast.meta.fused import FusedUnroll
+from l2l_fast.meta.graph import StepGraph, check_capturable
 from l2l_fast.meta.layout import Layout
 from l2l_fast.meta.objective import MetaLoss, Objective, as_meta_loss
 from l2l_fast.problems import Instances
@@ -48,6 +49,7 @@ def unroll(
     slope_floor: float = 0.0,
     coordinate_fraction: float = 1.0,
     backend: str | None = None,
+    graph: StepGraph | None = None,
 ) -> Unroll:
     """Apply ``rule`` for ``steps`` steps to ``instances``: ``theta_{t+1} = theta_t + update_t``.
 
@@ -73,10 +75,11 @@ def unroll(
         coordinate_fraction: share of the coordinates that enter the meta-gradient, chosen at random and so that it
             stays unbiased; the backward takes that share of its time. First order only.
         backend: name of a backend, or ``None`` for the fastest that works.
+        graph: takes the steps on a CUDA device, for first-order meta-gradients; see :class:`StepGraph`.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong kind, shape, dtype or device.
-        RuntimeError: if the named backend can't run this, or in inference mode.
+        RuntimeError: if the named backend can't run this, or the graph can't hold it, or in inference mode.
 
     Source: Andrychowicz et al. 2016, section 2 (equation 3, figure 2).
     """
@@ -94,6 +97,10 @@ def unroll(
     _check_fraction(coordinate_fraction, rule, second_derivatives)
     _check_slope_floor(slope_floor, rule, second_derivatives)
     _check_instances(instances, params is None)
+    if graph is not None:
+        if not isinstance(graph, StepGraph):
+            raise TypeError(f"graph must be a StepGraph or None, got {type(graph).__name__}")
+        check_capturable(rule, instances)
     if params is None:
         params = instances.init(generator=generator)
     layout = Layout(params, rule)
@@ -103,6 +110,8 @@ def unroll(
     if state is not None:
         _check_state(state, rule, layout)
     fused = FusedUnroll(rule, instances, layout, start, state, generator, backend)
+    if graph is not None and (second_derivatives or not fused.wanted):
+        raise ValueError("a graph takes the steps of first-order meta-gradients only; leave it out")
     if not fused.wanted:
         loss, run = fused.forward_only(steps, meta_loss)
     elif second_derivatives:
@@ -110,7 +119,7 @@ def unroll(
     else:
         if coordinate_fraction < 1 and (start.requires_grad or (state is not None and state.requires_grad)):
             raise ValueError("coordinate_fraction below 1 gives no derivatives by params and state; detach them")
-        loss, run = fused.first_order(steps, meta_loss, coordinate_fraction)
+        loss, run = fused.first_order(steps, meta_loss, coordinate_fraction, graph)
     return Unroll(
         loss, run.losses, layout.views(run.theta), fused.backend.unpack_state(run.packed, layout.n, rule.spec)
     )

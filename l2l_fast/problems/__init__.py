@@ -43,6 +43,24 @@ class Evaluates(Protocol):
         """Loss of every instance ``[batch]`` on data that are the same at each call; not differentiable."""
 
 
+@runtime_checkable
+class Replayable(Protocol):
+    """Instances whose losses a CUDA graph can hold: first all is drawn that differs from one call to the next."""
+
+    def draw(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """What a loss needs beside the parameters: minibatches, and what sets these instances apart from others.
+
+        Always of the same names and shapes, on the device of the instances.
+        """
+
+    def loss_of(self, params: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> Tensor:
+        """The losses ``[batch]`` on what :meth:`draw` gave: with the same generator those that ``loss`` returns.
+
+        Apart from ``drawn`` it depends on nothing but what all instances of the problem share. It draws no random
+        numbers, and neither reads values on the host nor waits for the device in another way.
+        """
+
+
 class Problem(Protocol):
     """A distribution over problem instances.
 

@@ -119,11 +119,23 @@ class ImageClassifierInstances:
 
     def loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy ``[batch]`` in nats, each network on a minibatch of its own."""
-        images, labels = self._splits["train"]
-        source = "cpu" if generator is None else generator.device
         batch = next(iter(params.values())).shape[0]
+        return self.loss_of(params, self._draw(batch, generator))
+
+    def draw(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Minibatches: indices of images ``{"chosen": [batch, minibatch]}``."""
+        return self._draw(self.batch, generator)
+
+    def _draw(self, batch: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        images, _ = self._splits["train"]
+        source = "cpu" if generator is None else generator.device
         chosen = torch.randint(len(images), (batch, self.problem.minibatch), generator=generator, device=source)
-        chosen = chosen.to(images.device)
+        return {"chosen": _send(chosen, images.device)}
+
+    def loss_of(self, params: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy ``[batch]`` in nats on the minibatches ``drawn``."""
+        images, labels = self._splits["train"]
+        chosen = drawn["chosen"]
         # Copies whole images, which indexing by a matrix takes ten times as long for.
         rows = images.index_select(0, chosen.view(-1)).view(*chosen.shape, -1)
         return _cross_entropy(self._logits(params, self._pixels(rows, params)), labels[chosen])
@@ -176,6 +188,13 @@ def _splits_on(data: Dataset, device: torch.device) -> dict[str, tuple[Tensor, T
         "train": (data.train_images.flatten(1).to(device), data.train_labels.to(device)),
         "test": (data.test_images.flatten(1).to(device), data.test_labels.to(device)),
     }
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting for a GPU."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

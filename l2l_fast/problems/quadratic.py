@@ -84,5 +84,13 @@ class QuadraticInstances:
 
     def loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
         """Function values ``[batch]``; there is no data, so ``generator`` is not used."""
-        residual = torch.baddbmm(self._minus_y, self.w, params["theta"].unsqueeze(-1))
+        return self.loss_of(params, self.draw())
+
+    def draw(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """The constants ``{"w": [batch, dim, dim], "minus_y": [batch, dim, 1]}``; ``generator`` is not used."""
+        return {"w": self.w, "minus_y": self._minus_y}
+
+    def loss_of(self, params: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> Tensor:
+        """Values ``[batch]`` of the functions with the constants ``drawn``."""
+        residual = torch.baddbmm(drawn["minus_y"], drawn["w"], params["theta"].unsqueeze(-1))
         return residual.square().sum((1, 2))

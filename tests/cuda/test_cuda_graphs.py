@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from cuda_models import Model, assert_same, ragged_shapes
+from meta_training import network
 from plain_loop import make_rule
 
-from l2l_fast import CoordinatewiseLSTM
+from l2l_fast import CoordinatewiseLSTM, MetaTrainer, TrainConfig, unroll
+from l2l_fast.meta.graph import StepGraph
+from l2l_fast.problems import Problem, Quadratic
+from l2l_fast.problems.classification import ImageClassifierInstances
 
 pytestmark = pytest.mark.hardware
 
@@ -197,3 +202,60 @@ def test_the_device_of_the_tensors_need_not_be_current(rule: CoordinatewiseLSTM,
     torch.cuda.set_device(device)
     here.steps(2)
     assert_same(elsewhere, here)
+
+
+# Steps of meta-training
+
+
+class Networks:
+    """Networks on random images, for which no file is needed."""
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> ImageClassifierInstances:
+        return network(hidden=3, batch=batch_size, device=None if device is None else torch.device(device))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("problem", [Quadratic(), Networks()], ids=["quadratics", "networks"])
+def test_training_has_the_same_bits(
+    generator: torch.Generator, device: torch.device, problem: Problem, backend: str
+) -> None:
+    """Segments of four steps and a last one of one, three runs, two shards."""
+    config = TrainConfig(
+        updates=9, horizon=9, truncation=4, batch_size=2, shards=2, backend=backend, validation_functions=4
+    )
+    results = []
+    start = make_rule(generator).state_dict()
+    for cuda_graph in (False, True):
+        rule = CoordinatewiseLSTM().to(device)
+        rule.load_state_dict(start)
+        losses: list[float] = []
+        trainer = MetaTrainer(rule, problem, replace(config, cuda_graph=cuda_graph))
+        trainer.fit(on_update=lambda event, losses=losses: losses.append(event.loss))  # type: ignore[misc]
+        results.append((rule.flat_weights().detach().cpu(), losses))
+    (weights, losses), (graphed, graphed_losses) = results
+    assert losses == graphed_losses
+    assert torch.equal(weights, graphed)
+
+
+def test_a_replayed_step_does_not_wait(rule: CoordinatewiseLSTM, device: torch.device) -> None:
+    """Neither for the minibatch to reach the device nor for the step."""
+    graph, instances, source = StepGraph(), network(device=device), torch.Generator().manual_seed(0)
+    run = unroll(rule, instances, 2, generator=source, graph=graph)
+    assert graph._step is not None
+    coordinates = sum(tensor.numel() for tensor in run.params.values())
+    grad = torch.zeros(coordinates, device=device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            losses = graph._step.take(instances.draw(generator=source), out=grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses.isfinite().all()
+    assert grad.any()

@@ -1,0 +1,212 @@
+"""A step of the inner loop as a CUDA graph: for a small network many small launches become one and a few copies.
+
+A graph runs again what the device did while it was captured, on the same memory, and nothing of what the host did. So
+all that changes from one step to the next, or from one meta-update to the next, is copied to where the graph reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2l_fast.backends import Backend
+from l2l_fast.meta.layout import Layout
+from l2l_fast.meta.point import Point
+from l2l_fast.problems import Instances, Problem, Replayable
+from l2l_fast.rule import CoordinatewiseLSTM
+from l2l_fast.spec import RuleSpec
+
+_DEVICE_TYPE = "cuda"
+_WARM_UP = 3  # steps before the capture: they compile kernels, and allocate what a graph can't
+
+
+class GraphedStep:
+    """Losses, their gradient and the rule's step, captured once; see :class:`StepGraph` for what it serves.
+
+    Args:
+        theta: ``[N]``, a point to capture the step at; it stays as it is, like ``packed``.
+        packed: the packed state there.
+        drawn: what the instances have drawn for it.
+
+    Raises:
+        RuntimeError: if the losses can't be captured.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        spec: RuleSpec,
+        weights: Tensor,
+        instances: Replayable,
+        layout: Layout,
+        theta: Tensor,
+        packed: Tensor,
+        drawn: Mapping[str, Tensor],
+    ) -> None:
+        self._backend, self._spec = backend, spec
+        # All that the graph reads or writes outlives it here, the data of the instances among it.
+        self._instances = instances
+        self._prepared: Any = backend.prepare(spec, weights)
+        self._theta, self._packed = theta.clone(), packed.clone()
+        self._point = Point(layout, self._theta)
+        self._drawn = {name: tensor.clone() for name, tensor in drawn.items()}
+        self._kinds = _kinds(drawn)
+        self._grad = torch.empty_like(theta)
+        self._losses: Tensor  # those of the capture, where each replay writes its own
+        self._graph = capture(self._work, layout.device)
+
+    def _work(self) -> None:
+        self._losses = self._point.evaluate(lambda params: self._instances.loss_of(params, self._drawn), out=self._grad)
+        self._backend.step_(self._spec, self._prepared, [self._theta], [self._grad], [self._packed])
+
+    def begin(self, weights: Tensor, theta: Tensor, packed: Tensor) -> None:
+        """Go to a point and a packed state, with other weights."""
+        self._prepared = self._backend.renew(self._spec, self._prepared, weights)
+        self._theta.copy_(theta)
+        self._packed.copy_(packed)
+
+    def place(self) -> tuple[Tensor, Tensor]:
+        """Copies of the point and the packed state."""
+        return self._theta.clone(), self._packed.clone()
+
+    def take(self, drawn: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        """Take a step; returns the losses ``[batch]`` before it, whose gradient is written to ``out [N]``.
+
+        Raises:
+            ValueError: if ``drawn`` is of another kind than what the step was captured with.
+        """
+        found = _kinds(drawn)
+        if found != self._kinds:
+            raise ValueError(
+                f"instances.draw must return tensors of the same names, shapes, dtypes and devices each time; it once "
+                f"gave {self._kinds} and now {found}"
+            )
+        for name, tensor in drawn.items():
+            self._drawn[name].copy_(tensor)
+        self._graph.replay()
+        out.copy_(self._grad)
+        return self._losses.clone()
+
+
+class StepGraph:
+    """A step that is captured when it is first asked for, and the same one from then on.
+
+    It serves unrolls of rules of one specification, on instances of one problem in batches of one size; another problem
+    of the same shapes would go unnoticed. A copy captures anew.
+    """
+
+    def __init__(self) -> None:
+        self._step: GraphedStep | None = None
+        self._kind: object = None
+
+    def __reduce__(self) -> tuple[type[StepGraph], tuple[()]]:
+        return StepGraph, ()
+
+    def step(
+        self,
+        backend: Backend,
+        spec: RuleSpec,
+        weights: Tensor,
+        instances: Replayable,
+        layout: Layout,
+        theta: Tensor,
+        packed: Tensor,
+        drawn: Mapping[str, Tensor],
+    ) -> GraphedStep:
+        """The step; the arguments are those of :class:`GraphedStep`, of which only the first call makes one.
+
+        Raises:
+            ValueError: if the step was captured for something else.
+            RuntimeError: if the losses can't be captured.
+        """
+        kind = backend.name, spec, layout.shapes, layout.dtype, layout.device
+        if self._step is None:
+            self._step = GraphedStep(backend, spec, weights, instances, layout, theta, packed, drawn)
+            self._kind = kind
+        if kind != self._kind:
+            raise ValueError(f"this graph was captured for {self._kind}, not for {kind}; give each its own StepGraph")
+        return self._step
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    return {name: (tuple(tensor.shape), tensor.dtype, str(tensor.device)) for name, tensor in tensors.items()}
+
+
+def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """What ``work`` does on ``device`` as a graph; ``work`` runs some times before, for what only a first run does.
+
+    Raises:
+        RuntimeError: if ``work`` does what a graph can't hold.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                work()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "a step on these instances can't be captured as a CUDA graph; their loss_of must neither wait for the "
+                f"device nor draw random numbers ({error}). Leave cuda_graph out to train without a graph"
+            ) from error
+    return graph
+
+
+def check_capturable(rule: nn.Module, instances: Instances) -> None:
+    """Make sure that a graph can hold steps of ``rule`` on ``instances``.
+
+    Raises:
+        TypeError: if the rule or the instances are of a kind that it can't hold.
+        ValueError: if the rule is not on a CUDA device.
+    """
+    _check_rule(rule)
+    if not isinstance(instances, Replayable):
+        raise TypeError(
+            f"{type(instances).__name__} has no methods draw and loss_of (see l2l_fast.problems.Replayable), which a "
+            "CUDA graph needs; leave cuda_graph out"
+        )
+
+
+def _check_rule(rule: nn.Module) -> None:
+    if not isinstance(rule, CoordinatewiseLSTM):
+        raise TypeError(
+            f"a CUDA graph holds steps of a CoordinatewiseLSTM only, got {type(rule).__name__}; leave cuda_graph out"
+        )
+    device = rule.output.weight.device
+    if device.type != _DEVICE_TYPE:
+        raise ValueError(
+            f"a CUDA graph needs the rule on a CUDA device, it is on {device}; move it there with .to('cuda') or "
+            "--device cuda, or leave cuda_graph out"
+        )
+
+
+def check_graph(rule: nn.Module, problem: Problem) -> None:
+    """Make sure that a graph can hold steps of ``rule`` on instances of ``problem``, whichever they are.
+
+    Raises:
+        TypeError, ValueError: if it can't; see :func:`check_capturable`.
+    """
+    _check_rule(rule)  # before data are loaded
+    generator, device = torch.Generator().manual_seed(0), next(rule.parameters()).device
+    captured, other = (problem.sample(1, generator=generator, device=device) for _ in range(2))
+    check_capturable(rule, captured)
+    assert isinstance(captured, Replayable)
+    assert isinstance(other, Replayable)
+    params = other.init(generator=generator)
+    before = generator.get_state()
+    expected = other.loss(params, generator=generator)
+    found = captured.loss_of(params, other.draw(generator=generator.set_state(before)))
+    if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
+        raise ValueError(
+            f"loss and loss_of of {type(captured).__name__} differ, {expected.tolist()} and {found.tolist()}: what "
+            "sets instances of a problem apart, and all that is random, must be in what draw returns; or leave "
+            "cuda_graph out"
+        )
