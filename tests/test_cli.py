@@ -406,4 +406,5 @@ def test_tune_teacher_for_several_problems(tmp_path: Path) -> None:
     studies = {summary.study_name for summary in optuna.get_all_study_summaries(f"sqlite:///{tmp_path / 'teacher.db'}")}
     assert len(studies) == 2
     assert any("dim=10" in name and "dim=3, variant='deepmind'" in name for name in studies)
-    assert "dept" in error_of("tune-teacher", "quadratic", "--out", tmp_path, "--also", "dept=3")
+    assert "dept" in error_of("tune-teacher", "quadratic", "--out", tmp_path / "none", "--also", "dept=3")
+    assert not (tmp_path / "none").exists()

@@ -74,8 +74,8 @@ def tune_teacher(
     use_data_dir(data_dir)
     if problem is None:
         raise ValueError("name the problem to tune the teacher for")
-    folder = prepare_folder(Path("runs") / f"teacher-{folder_name(problem)}" if out is None else out)
     problems = [make_problem(problem), *(make_problem(problem, settings.split()) for settings in also or ())]
+    folder = prepare_folder(Path("runs") / f"teacher-{folder_name(problem)}" if out is None else out)
     found = teacher_search.search_teacher(problems, folder, trials=trials, seed=seed)
     console.print(tables.info_table({name: f"{value:.4g}" for name, value in asdict(found).items()}))
     print_written(folder / teacher_search.TEACHER)
