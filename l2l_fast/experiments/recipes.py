@@ -98,13 +98,10 @@ _QUADRATIC_LIMITS = (
 )
 _NETWORK_LIMITS = {
     "mnist": (
-        "Taught for 100 steps on this network, by an optimizer whose settings were tuned on it and on one with two "
-        "hidden layers. Behind tuned baselines on ReLU; see docs/results.md for other networks and longer runs."
+        "Taught for 100 steps on this network; the shipped teacher was tuned on it and on one with two hidden layers. "
+        "Behind tuned baselines on ReLU; see docs/results.md for other networks and longer runs."
     ),
-    "digits": (
-        "Taught for 100 steps on 64-20-10 on 8 x 8 images, by an optimizer tuned there; overfits them. See "
-        "docs/results.md."
-    ),
+    "digits": "Taught for 100 steps on 64-20-10 on 8 x 8 images, which it overfits. See docs/results.md.",
 }
 
 
