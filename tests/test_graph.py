@@ -260,6 +260,18 @@ def test_a_graph_serves_what_it_was_captured_for(emulator: Emulator) -> None:
                 unroll(make_rule(), instances, 2, backend="reference", graph=graph)
 
 
+def test_a_graph_knows_the_order_of_the_coordinates_and_its_problem(emulator: Emulator) -> None:
+    instances, graph, rule = DIGITS.sample(2, generator=seeded()), StepGraph(), make_rule()
+    params = instances.init(generator=seeded())
+    unroll(rule, instances, 2, params=params, generator=seeded(), backend="reference", graph=graph)
+    turned = dict(reversed(params.items()))
+    with pytest.raises(ValueError, match="captured for"):
+        unroll(rule, instances, 2, params=turned, generator=seeded(), backend="reference", graph=graph)
+    other = replace(DIGITS, activation="relu").sample(2, generator=seeded())
+    with pytest.raises(ValueError, match=r"captured for .*sigmoid.*, not for .*relu"):
+        unroll(rule, other, 2, params=params, generator=seeded(), backend="reference", graph=graph)
+
+
 class Changed(QuadraticInstances):
     """Quadratics whose losses on what was drawn are ``change`` of what they should be."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_fast.backends import Backend
+from l2l_fast.meta.checkpoint import describe_problem
 from l2l_fast.meta.layout import Layout
 from l2l_fast.meta.point import Point
 from l2l_fast.problems import Instances, Problem, Replayable
@@ -52,7 +53,7 @@ class GraphedStep:
         self._prepared: Any = backend.prepare(spec, weights)
         self._theta, self._packed = theta.clone(), packed.clone()
         self._point = Point(layout, self._theta)
-        self._drawn = {name: tensor.clone() for name, tensor in drawn.items()}
+        self._drawn = {name: tensor.detach().clone() for name, tensor in drawn.items()}
         self._kinds = _kinds(drawn)
         self._grad = torch.empty_like(theta)
         self._losses: Tensor  # those of the capture, where each replay writes its own
@@ -72,6 +73,7 @@ class GraphedStep:
         """Copies of the point and the packed state."""
         return self._theta.clone(), self._packed.clone()
 
+    @torch.no_grad()
     def take(self, drawn: Mapping[str, Tensor], out: Tensor) -> Tensor:
         """Take a step; returns the losses ``[batch]`` before it, whose gradient is written to ``out [N]``.
 
@@ -94,8 +96,9 @@ class GraphedStep:
 class StepGraph:
     """A step that is captured when it is first asked for, and the same one from then on.
 
-    It serves unrolls of rules of one specification, on instances of one problem in batches of one size; another problem
-    of the same shapes would go unnoticed. A copy captures anew.
+    It serves unrolls of rules of one specification, on instances of one problem in batches of one size. Another problem
+    of the same shapes is noticed if its instances are of another class, or name it in an attribute ``problem``. A copy
+    captures anew.
     """
 
     def __init__(self) -> None:
@@ -122,7 +125,9 @@ class StepGraph:
             ValueError: if the step was captured for something else.
             RuntimeError: if the losses can't be captured.
         """
-        kind = backend.name, spec, layout.shapes, layout.dtype, layout.device
+        # The order of the names is that of the coordinates, which dictionaries compare equal without.
+        shapes, problem = tuple(layout.shapes.items()), getattr(instances, "problem", None)
+        kind = backend.name, spec, shapes, layout.dtype, layout.device, type(instances), describe_problem(problem)
         if self._step is None:
             self._step = GraphedStep(backend, spec, weights, instances, layout, theta, packed, drawn)
             self._kind = kind
@@ -150,7 +155,8 @@ def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDA
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            # Outside, for a capture that fails to end leaves its stream the current one.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
                 work()
         except RuntimeError as error:
             raise RuntimeError(

@@ -57,7 +57,8 @@ class Replayable(Protocol):
         """The losses ``[batch]`` on what :meth:`draw` gave: with the same generator those that ``loss`` returns.
 
         Apart from ``drawn`` it depends on nothing but what all instances of the problem share. It draws no random
-        numbers, and neither reads values on the host nor waits for the device in another way.
+        numbers (a graph may hold those of a device without an error, from a generator that no checkpoint holds), and
+        neither reads values on the host nor waits for the device in another way.
         """
 
 
