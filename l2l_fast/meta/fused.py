@@ -86,16 +86,17 @@ class FusedUnroll:
         point = Point(layout, theta)
         loss = partial(self.instances.loss, generator=self.generator)
         losses: list[Tensor] = []
-        for t in range(steps):
-            before_step(t, theta, packed)
-            losses.append(point.evaluate(loss, out=rows[t]))
-            if step is None:
-                chosen.step_(spec, prepared, [theta], [rows[t]], [packed])
-            else:
-                step(t, theta, rows[t])
-        if grads is not None:
-            losses.append(point.evaluate(loss, out=rows[steps]))
-        else:
+        with torch.enable_grad():
+            for t in range(steps):
+                before_step(t, theta, packed)
+                losses.append(point.evaluate(loss, out=rows[t]))
+                if step is None:
+                    chosen.step_(spec, prepared, [theta], [rows[t]], [packed])
+                else:
+                    step(t, theta, rows[t])
+            if grads is not None:
+                losses.append(point.evaluate(loss, out=rows[steps]))
+        if grads is None:
             with torch.no_grad():
                 losses.append(loss(point.params))
         return Rollout(torch.stack(losses), theta, packed)
@@ -103,17 +104,16 @@ class FusedUnroll:
     def replay(self, steps: int, grads: Tensor, graph: StepGraph) -> Rollout:
         """The rule's steps as :meth:`roll` takes them, by ``graph``; ``grads [steps + 1, N]`` is filled."""
         assert isinstance(self.instances, Replayable)  # checked by unroll
-        weights = self.weights.detach()
         theta, packed = self._first_place()
         losses: list[Tensor] = []
         drawn = self.instances.draw(generator=self.generator)
-        step = graph.step(self.backend, self.spec, weights, self.instances, self.layout, theta, packed, drawn)
-        step.begin(weights, theta, packed)
+        weights = self.weights.detach()
+        graph.begin(self.backend, self.spec, weights, self.instances, self.layout, theta, packed, drawn)
         for t in range(steps):
-            losses.append(step.take(drawn, out=grads[t]))
+            losses.append(graph.take(drawn, out=grads[t]))
             drawn = self.instances.draw(generator=self.generator)
-        theta, packed = step.place()
-        losses.append(step.take(drawn, out=grads[steps]))  # for its gradient: where it leads to is of no account
+        theta, packed = graph.place()
+        losses.append(graph.take(drawn, out=grads[steps]))  # for its gradient: where it leads to is of no account
         return Rollout(torch.stack(losses), theta, packed)
 
     def _first_place(self) -> tuple[Tensor, Tensor]:

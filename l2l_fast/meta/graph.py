@@ -24,19 +24,21 @@ _DEVICE_TYPE = "cuda"
 _WARM_UP = 3  # steps before the capture: they compile kernels, and allocate what a graph can't
 
 
-class GraphedStep:
-    """Losses, their gradient and the rule's step, captured once; see :class:`StepGraph` for what it serves.
+class StepGraph:
+    """Losses, their gradient and the rule's step; captured when they are first asked for, and the same from then on.
 
-    Args:
-        theta: ``[N]``, a point to capture the step at; it stays as it is, like ``packed``.
-        packed: the packed state there.
-        drawn: what the instances have drawn for it.
-
-    Raises:
-        RuntimeError: if the losses can't be captured.
+    It serves unrolls of rules of one specification, on instances of one problem in batches of one size. Another problem
+    of the same shapes is noticed if its instances are of another class, or name it in an attribute ``problem``. A copy
+    captures anew.
     """
 
-    def __init__(
+    def __init__(self) -> None:
+        self._kind: object = None  # what it was captured for
+
+    def __reduce__(self) -> tuple[type[StepGraph], tuple[()]]:
+        return StepGraph, ()
+
+    def begin(
         self,
         backend: Backend,
         spec: RuleSpec,
@@ -47,27 +49,40 @@ class GraphedStep:
         packed: Tensor,
         drawn: Mapping[str, Tensor],
     ) -> None:
-        self._backend, self._spec = backend, spec
-        # All that the graph reads or writes outlives it here, the data of the instances among it.
-        self._instances = instances
-        self._prepared: Any = backend.prepare(spec, weights)
-        self._theta, self._packed = theta.clone(), packed.clone()
-        self._point = Point(layout, self._theta)
-        self._drawn = {name: tensor.detach().clone() for name, tensor in drawn.items()}
-        self._kinds = _kinds(drawn)
-        self._grad = torch.empty_like(theta)
-        self._losses: Tensor  # those of the capture, where each replay writes its own
-        self._graph = capture(self._work, layout.device)
+        """Go to the point ``theta [N]`` and the packed state there, with these weights.
+
+        Args:
+            theta: copied, as ``packed`` is.
+            drawn: what the instances have drawn for the first step, which a capture is made with.
+
+        Raises:
+            ValueError: if the step was captured for something else.
+            RuntimeError: if the losses can't be captured.
+        """
+        # The order of the names is that of the coordinates, which dictionaries compare equal without.
+        shapes, problem = tuple(layout.shapes.items()), getattr(instances, "problem", None)
+        kind = backend.name, spec, shapes, layout.dtype, layout.device, type(instances), describe_problem(problem)
+        if self._kind is None:
+            # All that the graph reads or writes outlives it here, the data of the instances among it.
+            self._backend, self._spec, self._instances = backend, spec, instances
+            self._prepared: Any = backend.prepare(spec, weights)
+            self._theta, self._packed = theta.clone(), packed.clone()
+            self._point = Point(layout, self._theta)
+            self._drawn = {name: tensor.detach().clone() for name, tensor in drawn.items()}
+            self._drawn_kinds = _kinds(drawn)
+            self._grad = torch.empty_like(theta)
+            self._losses: Tensor  # those of the capture, where each replay writes its own
+            self._graph = capture(self._work, layout.device)
+            self._kind = kind
+        elif kind != self._kind:
+            raise ValueError(f"this graph was captured for {self._kind}, not for {kind}; give each its own StepGraph")
+        self._prepared = backend.renew(spec, self._prepared, weights)
+        self._theta.copy_(theta)
+        self._packed.copy_(packed)
 
     def _work(self) -> None:
         self._losses = self._point.evaluate(lambda params: self._instances.loss_of(params, self._drawn), out=self._grad)
         self._backend.step_(self._spec, self._prepared, [self._theta], [self._grad], [self._packed])
-
-    def begin(self, weights: Tensor, theta: Tensor, packed: Tensor) -> None:
-        """Go to a point and a packed state, with other weights."""
-        self._prepared = self._backend.renew(self._spec, self._prepared, weights)
-        self._theta.copy_(theta)
-        self._packed.copy_(packed)
 
     def place(self) -> tuple[Tensor, Tensor]:
         """Copies of the point and the packed state."""
@@ -81,59 +96,16 @@ class GraphedStep:
             ValueError: if ``drawn`` is of another kind than what the step was captured with.
         """
         found = _kinds(drawn)
-        if found != self._kinds:
+        if found != self._drawn_kinds:
             raise ValueError(
                 f"instances.draw must return tensors of the same names, shapes, dtypes and devices each time; it once "
-                f"gave {self._kinds} and now {found}"
+                f"gave {self._drawn_kinds} and now {found}"
             )
         for name, tensor in drawn.items():
             self._drawn[name].copy_(tensor)
         self._graph.replay()
         out.copy_(self._grad)
         return self._losses.clone()
-
-
-class StepGraph:
-    """A step that is captured when it is first asked for, and the same one from then on.
-
-    It serves unrolls of rules of one specification, on instances of one problem in batches of one size. Another problem
-    of the same shapes is noticed if its instances are of another class, or name it in an attribute ``problem``. A copy
-    captures anew.
-    """
-
-    def __init__(self) -> None:
-        self._step: GraphedStep | None = None
-        self._kind: object = None
-
-    def __reduce__(self) -> tuple[type[StepGraph], tuple[()]]:
-        return StepGraph, ()
-
-    def step(
-        self,
-        backend: Backend,
-        spec: RuleSpec,
-        weights: Tensor,
-        instances: Replayable,
-        layout: Layout,
-        theta: Tensor,
-        packed: Tensor,
-        drawn: Mapping[str, Tensor],
-    ) -> GraphedStep:
-        """The step; the arguments are those of :class:`GraphedStep`, of which only the first call makes one.
-
-        Raises:
-            ValueError: if the step was captured for something else.
-            RuntimeError: if the losses can't be captured.
-        """
-        # The order of the names is that of the coordinates, which dictionaries compare equal without.
-        shapes, problem = tuple(layout.shapes.items()), getattr(instances, "problem", None)
-        kind = backend.name, spec, shapes, layout.dtype, layout.device, type(instances), describe_problem(problem)
-        if self._step is None:
-            self._step = GraphedStep(backend, spec, weights, instances, layout, theta, packed, drawn)
-            self._kind = kind
-        if kind != self._kind:
-            raise ValueError(f"this graph was captured for {self._kind}, not for {kind}; give each its own StepGraph")
-        return self._step
 
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, object]:

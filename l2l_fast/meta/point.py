@@ -18,9 +18,10 @@ class Point:
         self.params = {name: view.detach().requires_grad_() for name, view in layout.views(theta).items()}
         self._ones = theta.new_ones(layout.batch)
 
-    @torch.enable_grad()
     def evaluate(self, loss: Callable[[Mapping[str, Tensor]], Tensor], out: Tensor) -> Tensor:
         """The losses ``[batch]`` of the parameters, detached; their gradient is written to ``out [N]``.
+
+        Grad mode must be on.
 
         Raises:
             ValueError: if ``loss`` does not return one loss per instance, or not one that depends on the parameters.

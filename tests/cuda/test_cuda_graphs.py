@@ -247,14 +247,13 @@ def test_a_replayed_step_does_not_wait(rule: CoordinatewiseLSTM, device: torch.d
     """Neither for the minibatch to reach the device nor for the step."""
     graph, instances, source = StepGraph(), network(device=device), torch.Generator().manual_seed(0)
     run = unroll(rule, instances, 2, generator=source, graph=graph)
-    assert graph._step is not None
     coordinates = sum(tensor.numel() for tensor in run.params.values())
     grad = torch.zeros(coordinates, device=device)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            losses = graph._step.take(instances.draw(generator=source), out=grad)
+            losses = graph.take(instances.draw(generator=source), out=grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert losses.isfinite().all()
