@@ -408,3 +408,14 @@ def test_tune_teacher_for_several_problems(tmp_path: Path) -> None:
     assert any("dim=10" in name and "dim=3, variant='deepmind'" in name for name in studies)
     assert "dept" in error_of("tune-teacher", "quadratic", "--out", tmp_path / "none", "--also", "dept=3")
     assert not (tmp_path / "none").exists()
+    assert "is there twice" in error_of("tune-teacher", "quadratic", "--out", tmp_path / "twice", "--also", "dim=10")
+
+
+def test_what_else_a_teacher_is_judged_by_is_in_the_name_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for also in ([], ["--also", "dim=3 variant=deepmind"]):
+        assert run("tune-teacher", "quadratic", "--trials", "1", *also)[0] == 0
+    folders = {path.parent.name for path in tmp_path.glob("runs/*/teacher.json")}
+    assert folders == {"teacher-quadratic", "teacher-quadratic+dim=3_variant=deepmind"}

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from emulated_graphs import Emulator
+from emulated_graphs import EmulatedGraph, Emulator
 from test_cli import SMALL as TRAINING
 from test_cli import run
 from torch import Tensor, nn
 from trainings import SMALL, LinearRule, SquareProblem, Stop, contents, make_rule, stop_after
 
-from l2l_fast.meta import MetaTrainer, TrainConfig, unroll
-from l2l_fast.meta.graph import StepGraph, capture, check_graph
+from l2l_fast.meta import MetaTrainer, StepGraph, TrainConfig, unroll
+from l2l_fast.meta.graph import capture, check_graph
 from l2l_fast.problems import ImageClassifier, Problem, Quadratic, Replayable, module_problem
 from l2l_fast.problems.quadratic import QuadraticInstances
 from l2l_fast.rule import CoordinatewiseLSTM
@@ -303,14 +305,60 @@ def test_losses_that_depend_on_more_than_was_drawn_are_refused(emulator: Emulato
         MetaTrainer(make_rule(), problem, GRAPHED)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda _, losses: losses / losses.detach().max().item() * 3, lambda _, losses: losses + 0 * torch.rand(2)],
-    ids=["waits", "draws"],
-)
-def test_losses_that_can_not_be_captured(emulator: Emulator, change: Callable[[Changed, Tensor], Tensor]) -> None:
-    instances = ChangedProblem(change).sample(2, generator=seeded())
+def test_losses_that_wait_for_the_device_can_not_be_captured(emulator: Emulator) -> None:
+    waiting = ChangedProblem(lambda _, losses: losses / losses.detach().max().item() * 3)
+    instances = waiting.sample(2, generator=seeded())
     with pytest.raises(RuntimeError, match=r"can't be captured as a CUDA graph.*not permitted.*Leave cuda_graph out"):
+        unroll(make_rule(), instances, 2, backend="reference", graph=StepGraph())
+
+
+def test_losses_that_draw_are_refused(emulator: Emulator) -> None:
+    instances = ChangedProblem(lambda _, losses: losses + 0 * torch.rand(2)).sample(2, generator=seeded())
+    with pytest.raises(ValueError, match=r"draws random numbers.*draw them in draw"):
+        unroll(make_rule(), instances, 2, backend="reference", graph=StepGraph())
+    assert not emulator.graphs
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        (torch.OutOfMemoryError("no memory is left"), "^no memory is left"),
+        (RuntimeError("a copy to the host"), r"can't be captured.*\(a copy to the host\)"),
+    ],
+    ids=["memory", "other"],
+)
+def test_the_first_error_of_a_capture_is_the_one_that_is_told(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, first: RuntimeError, expected: str
+) -> None:
+    """A capture that something went wrong in fails once more where it ends."""
+
+    @contextmanager
+    def failing(graph: EmulatedGraph, *, stream: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    calls = itertools.count(1)
+
+    def work() -> None:
+        if next(calls) > 3:  # the warm-up
+            raise first
+
+    with pytest.raises(type(first), match=expected):
+        capture(work, CPU)
+
+
+@pytest.mark.parametrize("drawn", [None, [torch.zeros(2)], {"noise": 1.0}])
+def test_what_is_drawn_is_tensors_by_name(emulator: Emulator, drawn: object) -> None:
+    class Drawing(QuadraticInstances):
+        def draw(self, *, generator: torch.Generator | None = None) -> Any:
+            return drawn
+
+    instances = Quadratic().sample(2, generator=seeded())
+    instances.__class__ = Drawing
+    with pytest.raises(TypeError, match=r"draw must return a dictionary of tensors by name, got"):
         unroll(make_rule(), instances, 2, backend="reference", graph=StepGraph())
 
 

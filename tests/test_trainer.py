@@ -219,6 +219,8 @@ def test_validation_that_is_not_finite_counts_as_worst() -> None:
         ({"lr": -1e-3}, ValueError, "lr must be finite and positive, got -0.001"),
         ({"lr": float("nan")}, ValueError, "lr must be finite and positive, got nan"),
         ({"lr": "fast"}, TypeError, "lr must be a number, got 'fast'"),
+        ({"cuda_graph": "yes"}, TypeError, "cuda_graph must be True or False, got 'yes'"),
+        ({"second_derivatives": 1}, TypeError, "second_derivatives must be True or False, got 1"),
         ({"clip": 0.0}, ValueError, "clip must be finite and positive, got 0.0"),
         ({"final_lr_fraction": 2.0}, ValueError, "final_lr_fraction must be at most 1, got 2.0"),
         ({"truncation": 101}, ValueError, "truncation must be at most the horizon of 100 steps, got 101"),

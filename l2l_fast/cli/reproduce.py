@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -61,7 +62,7 @@ def tune_teacher(
     trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = teacher_search.TRIALS,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for teacher.json.", show_default="runs/teacher-PROBLEM")
+        Path | None, typer.Option(help="Folder for teacher.json.", show_default="runs/teacher-PROBLEM[+ALSO...]")
     ] = None,
     data_dir: DataDir = None,
     threads: Threads = None,
@@ -75,7 +76,8 @@ def tune_teacher(
     if problem is None:
         raise ValueError("name the problem to tune the teacher for")
     problems = [make_problem(problem), *(make_problem(problem, settings.split()) for settings in also or ())]
-    folder = prepare_folder(Path("runs") / f"teacher-{folder_name(problem)}" if out is None else out)
+    name = "+".join([f"teacher-{folder_name(problem)}", *(re.sub(r"[^\w=,.-]+", "_", text) for text in also or ())])
+    folder = prepare_folder(Path("runs") / name if out is None else out)
     found = teacher_search.search_teacher(problems, folder, trials=trials, seed=seed)
     console.print(tables.info_table({name: f"{value:.4g}" for name, value in asdict(found).items()}))
     print_written(folder / teacher_search.TEACHER)

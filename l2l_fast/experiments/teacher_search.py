@@ -57,10 +57,13 @@ def search_teacher(
 
     Raises:
         BlockingIOError: if another search is at work in the folder.
-        ValueError: if there is no problem to judge by.
+        ValueError: if there is no problem to judge by, or one is there twice.
     """
     if not problems:
         raise ValueError("a teacher is tuned for one problem or several, got none")
+    names = [describe_problem(problem) for problem in problems]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a problem to judge by is there twice: {', '.join(names)}; each counts once")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     generator = torch.Generator().manual_seed(SEARCH_SEED)
     sets = [problem.sample(runs, generator=generator) for problem in problems]
@@ -73,7 +76,7 @@ def search_teacher(
         study = optuna.create_study(
             sampler=sampler,
             storage=f"sqlite:///{folder / TRIALS_FILE}",
-            study_name=f"{' + '.join(map(describe_problem, problems))} runs={runs} seed={seed}",
+            study_name=f"{' + '.join(names)} runs={runs} seed={seed}",
             load_if_exists=True,
         )
         done = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))

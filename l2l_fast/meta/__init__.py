@@ -3,6 +3,7 @@
 from l2l_fast.meta.config import TrainConfig as TrainConfig
 from l2l_fast.meta.diagnostics import Diagnosis as Diagnosis
 from l2l_fast.meta.diagnostics import diagnose as diagnose
+from l2l_fast.meta.graph import StepGraph as StepGraph
 from l2l_fast.meta.imitation import Teacher as Teacher
 from l2l_fast.meta.imitation import imitate as imitate
 from l2l_fast.meta.log import TrainEvent as TrainEvent

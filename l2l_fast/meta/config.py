@@ -105,6 +105,9 @@ class TrainConfig:
             ("validation_seed", 0),
         ):
             self._check_int(name, least)
+        for name in ("second_derivatives", "cuda_graph"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("seed", "validation_seed"):
             if getattr(self, name) > _GREATEST_SEED:
                 raise ValueError(f"{name} must be at most 2**63 - 1, got {getattr(self, name)}")

@@ -57,6 +57,7 @@ class StepGraph:
 
         Raises:
             ValueError: if the step was captured for something else.
+            TypeError: if what was drawn is not tensors by name.
             RuntimeError: if the losses can't be captured.
         """
         # The order of the names is that of the coordinates, which dictionaries compare equal without.
@@ -68,8 +69,8 @@ class StepGraph:
             self._prepared: Any = backend.prepare(spec, weights)
             self._theta, self._packed = theta.clone(), packed.clone()
             self._point = Point(layout, self._theta)
-            self._drawn = {name: tensor.detach().clone() for name, tensor in drawn.items()}
             self._drawn_kinds = _kinds(drawn)
+            self._drawn = {name: tensor.detach().clone() for name, tensor in drawn.items()}
             self._grad = torch.empty_like(theta)
             self._losses: Tensor  # those of the capture, where each replay writes its own
             self._graph = capture(self._work, layout.device)
@@ -109,6 +110,8 @@ class StepGraph:
 
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    if not (isinstance(tensors, Mapping) and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
+        raise TypeError(f"instances.draw must return a dictionary of tensors by name, got {tensors!r}")
     return {name: (tuple(tensor.shape), tensor.dtype, str(tensor.device)) for name, tensor in tensors.items()}
 
 
@@ -116,26 +119,49 @@ def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDA
     """What ``work`` does on ``device`` as a graph; ``work`` runs some times before, for what only a first run does.
 
     Raises:
+        ValueError: if ``work`` draws random numbers.
         RuntimeError: if ``work`` does what a graph can't hold.
     """
     with torch.cuda.device(device):
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
+        sources = _random_states(device)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 work()
         torch.cuda.current_stream().wait_stream(stream)
+        if not all(map(torch.equal, sources, _random_states(device))):
+            # A device captures them without an error, and replays others than were asked for.
+            raise ValueError(
+                "loss_of of these instances draws random numbers, which a CUDA graph would not take from the generator "
+                "of the run; draw them in draw, or leave cuda_graph out"
+            )
         graph = torch.cuda.CUDAGraph()
         try:
             # Outside, for a capture that fails to end leaves its stream the current one.
             with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
                 work()
         except RuntimeError as error:
+            first = _first_cause(error)
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise RuntimeError(
-                "a step on these instances can't be captured as a CUDA graph; their loss_of must neither wait for the "
-                f"device nor draw random numbers ({error}). Leave cuda_graph out to train without a graph"
-            ) from error
+                "a step on these instances can't be captured as a CUDA graph; their loss_of must not wait for the "
+                f"device ({first}). Leave cuda_graph out to train without a graph"
+            ) from first
     return graph
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that are used where none is named."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong before the end of the capture did, for which that is the reason."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def check_capturable(rule: nn.Module, instances: Instances) -> None:

@@ -13,7 +13,7 @@ from meta_training import network
 from plain_loop import make_rule
 
 from l2l_fast import CoordinatewiseLSTM, MetaTrainer, TrainConfig, unroll
-from l2l_fast.meta.graph import StepGraph
+from l2l_fast.meta import StepGraph
 from l2l_fast.problems import Problem, Quadratic
 from l2l_fast.problems.classification import ImageClassifierInstances
 
