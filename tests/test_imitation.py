@@ -232,21 +232,45 @@ def test_other_rules_can_not_be_taught() -> None:
 def test_the_hand_made_teacher_has_known_relatives(power: float, like: str) -> None:
     """Adam, but for the correction of the mean's bias, and SGD with momentum are among its settings."""
     slow, momentum, memory, lr = 1e8, 0.9, 0.99, 0.03  # the gradient itself counts next to nothing
-    settings = PowerMomentum(lr / slow, power, slow, momentum, memory, decay=0.0, decay_time=1.0)
-    param, grads = torch.zeros(50), torch.randn(20, 50, generator=seeded(1))
-    optimizer = settings([param])
+    settings = PowerMomentum(lr, power, slow, momentum, memory, agreement=1.0, decay=0.0, decay_time=1.0)
     mean, square, expected = torch.zeros(50), torch.zeros(50), torch.zeros(50)
+    grads = torch.randn(20, 50, generator=seeded(1))
     for step, grad in enumerate(grads, start=1):
-        param.grad = grad
-        optimizer.step()
         mean = momentum * mean + (1 - momentum) * grad
         square = memory * square + (1 - memory) * grad**2
         rms = (square / (1 - memory**step)).sqrt()
         expected -= lr * mean / rms if like == "adam" else lr * mean / 0.05
-    torch.testing.assert_close(param, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_descended(settings, grads), expected, rtol=1e-4, atol=1e-5)
+
+
+def _descended(settings: PowerMomentum, grads: Tensor) -> Tensor:
+    """Where ``grads [T, N]`` lead to from 0."""
+    param = torch.zeros_like(grads[0])
+    optimizer = settings([param])
+    for grad in grads:
+        param.grad = grad
+        optimizer.step()
+    return param
+
+
+def test_steps_of_the_hand_made_teacher_are_short_where_gradients_disagree() -> None:
+    """By the power ``agreement`` of how much they do; where they are alike it makes no difference."""
+    grads = 0.05 * torch.tensor([[1.0, -1.0, 1.0, 0.0], [1.0, -1.0, -0.5, 0.0]])
+    plain = PowerMomentum(1.0, 1.0, 0.0, 0.0, 0.5, agreement=1.0, decay=0.0, decay_time=1.0)
+    first, last = _descended(plain, grads[:1]), _descended(plain, grads)
+    assert first.tolist() == pytest.approx([-1, 1, -1, 0], abs=1e-5)
+    lengths = (last - first).abs()
+    assert lengths[:2].tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert lengths[2].item() == pytest.approx(0.5 / math.sqrt(0.5), rel=1e-5)
+    sharper = replace(plain, agreement=3.0)
+    assert _descended(sharper, grads[:1]).tolist() == pytest.approx(first.tolist(), abs=1e-5)
+    moved = _descended(sharper, grads) - _descended(sharper, grads[:1])
+    torch.testing.assert_close(moved, (last - first).sign() * lengths**3, rtol=1e-4, atol=1e-5)
 
 
 def test_steps_of_the_hand_made_teacher_grow_shorter() -> None:
-    settings = PowerMomentum(1.0, 1.0, 0.0, 0.9, 0.9, decay=0.5, decay_time=10.0)
-    assert settings.factor(0) == pytest.approx(1.0)
-    assert settings.factor(30) == pytest.approx(0.5)
+    settings = PowerMomentum(1.0, 1.0, 0.0, 0.9, 0.9, agreement=1.0, decay=0.5, decay_time=10.0)
+    assert settings.length(0) == pytest.approx(1.0)
+    assert settings.length(30) == pytest.approx(0.5)
+    settled = replace(settings, settled=0.2, settle_at=30.0)
+    assert settled.length(30) == pytest.approx(0.5 * 0.6)

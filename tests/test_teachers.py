@@ -23,7 +23,7 @@ from l2l_fast.problems import Quadratic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TUNED = PowerMomentum(0.02, 0.9, 2.0, 0.7, 0.5, decay=0.3, decay_time=20.0, settled=0.8, settle_at=60.0)
+TUNED = PowerMomentum(0.06, 0.9, 2.0, 0.7, 0.5, 1.2, decay=0.3, decay_time=20.0, settled=0.8, settle_at=60.0)
 COMMAND = [
     "train", "quadratic", "--updates", "6", "--horizon", "5", "--batch-size", "2", "--validation-functions", "4",
     "--validate-every", "2", "--checkpoint-every", "1",
@@ -111,7 +111,7 @@ def test_imitation_resumes_with_the_same_teacher_only(tuned: Path, tmp_path: Pat
     cut = [*COMMAND, "--out", str(tmp_path / "cut")]
     assert run(*cut, "--teacher", tuned, "--max-seconds", "1e-9")[0] == 0
     message = error_of(*cut, "--truncation", "5", "--resume")
-    assert "teacher is 'PowerMomentum(lr=0.02" in message
+    assert "teacher is 'PowerMomentum(lr=0.06" in message
     assert "but 'absent' here" in message
     message = error_of(*cut, "--teacher", "adam:0.01", "--resume")
     assert "in the checkpoint but \"Baseline(optimizer='adam', lr=0.01)\" here" in message
@@ -167,7 +167,9 @@ def test_a_recipe_with_another_teacher(tuned: Path) -> None:
     assert own.options == ("--teacher", str(tuned))
     assert shipped.options == ()
     assert shipped.teacher == shipped_teacher("digits")
-    assert replace(shipped, teacher=TUNED, options=own.options) == own
+    assert replace(shipped, teacher=TUNED, options=own.options, limits=own.limits) == own
+    assert "shipped" not in shipped.limits
+    assert "another teacher than the shipped one" in own.limits
     with pytest.raises(ValueError, match="the recipe of 'quadratic' imitates no teacher; leave out --teacher"):
         recipe_for("quadratic", str(tuned))
 

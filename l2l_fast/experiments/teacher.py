@@ -15,19 +15,23 @@ GRADIENT = 0.05  # where ``lr`` is the length of a step: about the root mean squ
 
 @dataclass(frozen=True)
 class PowerMomentum:
-    """Momentum over a power of the gradients' root mean square, with steps that grow shorter.
+    """Steps by how much gradients agree, of a length that a power of their root mean square sets, growing shorter.
 
     With ``m`` and ``s`` the exponential means of gradient and squared gradient, step ``t`` adds::
 
-        -lr * shorter_t * (g + slow * m) / GRADIENT * (GRADIENT / sqrt(s))**power
+        -lr * shorter_t * (sqrt(s) / GRADIENT)**(1 - power) * sign(w) * abs(w)**agreement
+        w = (g + slow * m) / ((1 + slow) * sqrt(s))
         shorter_t = (1 + t / decay_time)**-decay * (settled + (1 - settled) * sigmoid((settle_at - t) / settle_width))
 
+    so that ``w`` is about 1 or -1 where gradients are all alike, and near 0 where they are noise.
+
     Args:
-        lr: length of the first step where the gradient is ``GRADIENT``.
+        lr: length of a step where gradients agree and are ``GRADIENT``, before steps grow shorter.
         power: 0 for none of the normalisation of Adam, 1 for all of it.
         slow: weight of the momentum beside the gradient itself.
         momentum: decay of ``m``, which starts at 0.
         memory: decay of ``s``, whose bias to 0 is corrected.
+        agreement: 1 for momentum as it is; the higher, the shorter the steps of noise.
         decay, decay_time: how fast steps grow shorter.
         settled: to which fraction of that they fall towards the end,
         settle_at, settle_width: around which step, and over how many.
@@ -41,6 +45,7 @@ class PowerMomentum:
     slow: float
     momentum: float
     memory: float
+    agreement: float
     decay: float
     decay_time: float
     settled: float = 1.0
@@ -53,9 +58,11 @@ class PowerMomentum:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
-        for name in ("lr", "decay_time", "settle_width"):
+        for name in ("lr", "agreement", "decay_time", "settle_width"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.slow < 0:
+            raise ValueError(f"slow must not be negative, got {self.slow}")
         for name in ("momentum", "memory"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -64,12 +71,11 @@ class PowerMomentum:
         """An optimizer of ``params``."""
         return _Optimizer(params, self)
 
-    def factor(self, step: int) -> float:
-        """What ``(g + slow * m) / sqrt(s)**power`` is multiplied by."""
+    def length(self, step: int) -> float:
+        """The length of step ``step`` where gradients agree and are ``GRADIENT``."""
         decayed = math.pow(1 + step / self.decay_time, -self.decay)
         fallen = 0.5 + 0.5 * math.tanh((step - self.settle_at) / self.settle_width / 2)
-        shorter = decayed * (1 - (1 - self.settled) * fallen)
-        return self.lr * shorter * math.pow(GRADIENT, self.power - 1)
+        return self.lr * decayed * (1 - (1 - self.settled) * fallen)
 
 
 class _Optimizer(torch.optim.Optimizer):
@@ -88,9 +94,11 @@ class _Optimizer(torch.optim.Optimizer):
         assert grad is not None
         if not state:
             state |= {"step": 0, "mean": torch.zeros_like(param), "square": torch.zeros_like(param)}
-        factor = settings.factor(state["step"])
+        length = settings.length(state["step"])
         state["step"] += 1
         state["mean"].lerp_(grad, 1 - settings.momentum)
         state["square"].mul_(settings.memory).addcmul_(grad, grad, value=1 - settings.memory)
-        scale = (state["square"] / (1 - settings.memory ** state["step"])).sqrt_().add_(1e-8).pow_(settings.power)
-        param.addcdiv_(torch.add(grad, state["mean"], alpha=settings.slow), scale, value=-factor)
+        rms = (state["square"] / (1 - settings.memory ** state["step"])).sqrt_().add_(1e-8)
+        agreed = torch.add(grad, state["mean"], alpha=settings.slow).div_(rms).div_(1 + settings.slow)
+        agreed = agreed.abs().pow_(settings.agreement).copysign_(agreed)
+        param.addcmul_(agreed, rms.div_(GRADIENT).pow_(1 - settings.power), value=-length)

@@ -21,7 +21,7 @@ from l2l_fast.problems import Evaluates, Instances, Problem
 
 TEACHER = "teacher.json"
 TRIALS_FILE = "teacher.db"
-TRIALS = 300
+TRIALS = 500
 RUNS = 12  # that a trial is judged by, the same ones for every trial
 
 # Next to those of validation, tuning and evaluation.
@@ -30,15 +30,16 @@ SEARCH_SEED = 2**31 + 3
 STEPS = 100
 
 _STARTUP_TRIALS = 30
-_MEAN_WEIGHT, _LONGER_WEIGHT = 2.0, 0.3
+_MEAN_WEIGHT, _LONGER_WEIGHT = 3.0, 0.3
 
 # Adam with decays of 0.9 for both means, to begin with.
 _FIRST_TRIAL = {
-    "lr": 0.005,
+    "lr": 0.05,
     "power": 1.0,
     "slow": 4.0,
     "1 - momentum": 0.1,
     "1 - memory": 0.1,
+    "agreement": 1.0,
     "decay": 0.5,
     "decay_time": 30.0,
     "settled": 0.5,
@@ -52,7 +53,7 @@ def search_teacher(
 ) -> PowerMomentum:
     """The best of ``trials`` settings, written to ``folder/teacher.json``.
 
-    Judged by the mean over ``problems`` of ``log f(100) + 2 log mean f(0..100) + 0.3 log f(200)``, with losses averaged
+    Judged by the mean over ``problems`` of ``log f(100) + 3 log mean f(0..100) + 0.3 log f(200)``, with losses averaged
     over runs. Trials are kept in ``folder/teacher.db``, by problems, runs and seed, and are not made again.
 
     Raises:
@@ -111,11 +112,12 @@ def _score(instances: Instances, teacher: PowerMomentum, generator: torch.Genera
 
 def _suggest(trial: optuna.Trial | optuna.trial.FixedTrial) -> PowerMomentum:
     return PowerMomentum(
-        lr=trial.suggest_float("lr", 1e-3, 0.2, log=True),
-        power=trial.suggest_float("power", 0.3, 1.0),
-        slow=trial.suggest_float("slow", 0.0, 6.0),
+        lr=trial.suggest_float("lr", 0.01, 1.0, log=True),
+        power=trial.suggest_float("power", 0.3, 1.2),
+        slow=trial.suggest_float("slow", 0.0, 10.0),
         momentum=1 - trial.suggest_float("1 - momentum", 0.01, 0.5, log=True),
         memory=1 - trial.suggest_float("1 - memory", 0.02, 1.0, log=True),
+        agreement=trial.suggest_float("agreement", 0.5, 3.0),
         decay=trial.suggest_float("decay", 0.0, 1.5),
         decay_time=trial.suggest_float("decay_time", 2.0, 100.0, log=True),
         settled=trial.suggest_float("settled", 0.05, 1.0),
