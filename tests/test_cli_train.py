@@ -30,7 +30,7 @@ def test_every_setting_has_an_option(tmp_path: Path) -> None:
         "--updates": "3", "--horizon": "6", "--truncation": "3", "--batch-size": "2", "--shards": "2",
         "--objective": "log", "--loss-power": "1.5", "--coordinate-fraction": "0.5", "--warmup": "2", "--clip": "3",
         "--clip-ratio": "4", "--average": "0.9", "--validate-every": "2", "--validation-functions": "5",
-        "--checkpoint-every": "1", "--validation-seed": "7", "--backend": "reference",
+        "--checkpoint-every": "1", "--validation-seed": "7", "--validate-by": "run", "--backend": "reference",
     }  # fmt: skip
     code, _, _ = run("train", "quadratic", *(text for pair in options.items() for text in pair), "--out", tmp_path)
     assert code == 0

@@ -18,6 +18,7 @@ from l2l_fast.experiments import recipes, teacher_search, teachers
 from l2l_fast.experiments.recipes import RULE, Recipe, recipe_for, reproduce
 from l2l_fast.experiments.teacher import PowerMomentum
 from l2l_fast.meta import MetaTrainer, TrainConfig
+from l2l_fast.meta.validation import validation_loss
 from l2l_fast.problems import PROBLEMS, Quadratic
 from l2l_fast.rule import as_rule, available_rules
 
@@ -58,6 +59,25 @@ def test_a_recipe_makes_a_rule_that_tells_how(tmp_path: Path) -> None:
 def test_a_recipe_without_a_teacher_and_a_choice(tmp_path: Path) -> None:
     card = reproduce(replace(TINY, teacher=None, choose_scale=False), 3, tmp_path).card
     assert not {"teacher", "validation_loss_by_output_scale"} & card.keys()
+
+
+def test_a_recipe_refines_what_it_has_imitated(tmp_path: Path) -> None:
+    second = replace(CONFIG, updates=3, lr=1e-4, second_derivatives=True, validate_by="run", average=0.5)
+    rule = reproduce(replace(TINY, refinement=second), 3, tmp_path)
+    imitated = CoordinatewiseLSTM.load(tmp_path / "best.safetensors")
+    trainer = MetaTrainer(imitated, Quadratic(), replace(second, seed=3))
+    expected = trainer.fit().best_rule
+    assert isinstance(expected, CoordinatewiseLSTM)
+    assert same_weights(rule, expected)
+    card = CoordinatewiseLSTM.load(tmp_path / RULE).card
+    assert card["config"]["second_derivatives"] is True
+    assert "teacher" not in card
+    assert card["begun_from"]["teacher"] == repr(TEACHER)
+    assert card["begun_from"]["config"]["seed"] == 3
+    # The scale is chosen by the end of the runs nevertheless.
+    at_end = validation_loss(expected, Quadratic(), CONFIG, torch.device("cpu"))
+    assert card["validation_loss_by_output_scale"]["0.1"] == at_end
+    assert same_weights(reproduce(replace(TINY, refinement=second), 3, tmp_path), rule)
 
 
 def test_an_interrupted_recipe_carries_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,7 @@ def test_validation_that_is_not_finite_counts_as_worst() -> None:
         ({"validation_seed": 2**63}, ValueError, r"validation_seed must be at most 2\*\*63 - 1"),
         ({"backend": "zz"}, ValueError, "unknown backend 'zz'; known backends: 'cpu', 'triton', 'reference'"),
         ({"backend": 1}, TypeError, "backend must be the name of a backend or None, got 1"),
+        ({"validate_by": "middle"}, ValueError, "validate_by must be one of 'end', 'run', got 'middle'"),
         ({"seed": 5, "validation_seed": 5}, ValueError, "seed and validation_seed are both 5"),
         ({"loss_weights": (1.0,) * 100}, ValueError, "each of the 101 points of 100 steps.*got 100"),
         ({"horizon": 20, "loss_weights": (float("inf"),) * 21}, ValueError, "loss_weights must be finite"),

@@ -27,6 +27,7 @@ from trainings import (
 
 from l2l_fast.meta import MetaTrainer, TrainConfig, TrainEvent, unroll
 from l2l_fast.problems import Quadratic
+from l2l_fast.problems.classification import digits
 from l2l_fast.rule import CoordinatewiseLSTM
 
 WHOLE = replace(SMALL, truncation=SMALL.horizon)
@@ -63,6 +64,22 @@ def test_loss_power_weighs_the_end_of_a_run(power: float) -> None:
     assert events_of(config)[0].loss == pytest.approx(expected, rel=1e-5)
     explicit = replace(WHOLE, updates=1, loss_weights=tuple(weights.tolist()))
     assert events_of(explicit)[0].loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rule_is_validated_by_the_end_of_a_run_or_all_of_it() -> None:
+    """That of the end is of all the training images, that of the run as the rule meets them."""
+    problem = digits()
+    found = {}
+    for by in ("end", "run"):
+        config = replace(SMALL, updates=0, validate_by=by)
+        found[by] = MetaTrainer(make_rule(), problem, config).fit().best_validation_loss
+    generator = torch.Generator().manual_seed(config.validation_seed)
+    assert config.validation_functions is not None
+    instances = problem.sample(config.validation_functions, generator=generator)
+    with torch.no_grad():
+        run = unroll(make_rule(), instances, config.horizon, generator=generator)
+    assert found["end"] == pytest.approx(instances.evaluate(run.params).double().mean().item(), rel=1e-6)
+    assert found["run"] == pytest.approx(run.losses.double().mean().item(), rel=1e-6)
 
 
 def test_the_average_is_validated_and_kept() -> None:

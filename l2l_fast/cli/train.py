@@ -55,6 +55,13 @@ class _Objective(str, Enum):
     LOG = "log"
 
 
+class _ValidateBy(str, Enum):
+    """What a rule is worth."""
+
+    END = "end"
+    RUN = "run"
+
+
 TENSORBOARD = "tensorboard"  # folder in that of the training
 
 _RULE, _RUN, _META, _VALIDATION = "Rule", "Run", "Meta-optimizer", "Validation and files"
@@ -205,6 +212,10 @@ def train(
     validation_seed: Annotated[
         int, typer.Option(help="Seed of the functions to validate on.", rich_help_panel=_VALIDATION)
     ] = TrainConfig.validation_seed,
+    validate_by: Annotated[
+        _ValidateBy,
+        typer.Option(help="Judge a rule by the end of a run, or by all of it.", rich_help_panel=_VALIDATION),
+    ] = _ValidateBy.END,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
@@ -285,6 +296,7 @@ def train(
         patience=patience,
         validation_functions=validation_functions,
         validation_seed=validation_seed,
+        validate_by=validate_by.value,
         checkpoint_every=checkpoint_every,
         seed=seed,
         max_seconds=max_seconds,

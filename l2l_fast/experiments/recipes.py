@@ -19,6 +19,7 @@ from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import Identity, LogAndSign, Preprocess
 
 RULE = "rule.safetensors"
+REFINED = "refined"  # the folder of the second training
 
 _GREATEST_POWER = 15  # of 1.1: a fourfold scale
 
@@ -34,6 +35,7 @@ class Recipe:
         config: settings of the training but the seed.
         limits: what is known not to work, for the card.
         teacher: whose steps are imitated, if any.
+        refinement: settings of a second training, by backpropagation from where the first ended; ``None`` for none.
         choose_scale: whether validation chooses ``output_scale`` at the end, see :func:`choose_scale`.
         options: what the command has for it besides the name and a seed.
     """
@@ -44,6 +46,7 @@ class Recipe:
     config: TrainConfig
     limits: str
     teacher: Teacher | None = None
+    refinement: TrainConfig | None = None
     choose_scale: bool = False
     options: tuple[str, ...] = ()
 
@@ -71,6 +74,7 @@ def recipe_for(rule: str, teacher: str = SHIPPED) -> Recipe:
             _NETWORK_CONFIG,
             _NETWORK_LIMITS[rule] if teacher == SHIPPED else _OTHER_TEACHER,
             choose_teacher(teacher, rule),
+            _REFINEMENTS.get(rule),
             choose_scale=True,
             options=() if teacher == SHIPPED else ("--teacher", teacher),
         )
@@ -90,6 +94,28 @@ _NETWORK_CONFIG = TrainConfig(
     validate_every=100,
     validation_functions=16,
 )
+
+# Whole runs again, for a lower loss all the way.
+_REFINEMENTS = {
+    "mnist": TrainConfig(
+        updates=250,
+        horizon=100,
+        truncation=100,
+        batch_size=1,
+        objective="log",
+        second_derivatives=True,
+        slope_floor=0.1,
+        lr=1e-4,
+        final_lr_fraction=0.05,
+        warmup=10,
+        clip=None,
+        clip_ratio=2.0,
+        average=0.97,
+        validate_every=50,
+        validation_functions=16,
+        validate_by="run",
+    )
+}
 
 _QUADRATIC_LIMITS = (
     "Trained for 100 steps and for functions of this scale and dimension. On 2048 functions of dimension 20 the mean "
@@ -118,9 +144,12 @@ def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
         ValueError: if the folder holds another training, or one from another seed.
     """
     problem, config = PROBLEMS[recipe.problem](), replace(recipe.config, seed=seed)
-    trainer = MetaTrainer(_fresh(recipe, seed), problem, config, teacher=recipe.teacher, folder=folder)
-    best = fit(trainer, description=recipe.name, resume=(folder / CHECKPOINT).exists()).best_rule
-    assert isinstance(best, CoordinatewiseLSTM)
+    best = _trained(_fresh(recipe, seed), problem, config, folder, recipe.name, recipe.teacher)
+    if recipe.refinement is not None:
+        begun = best.card
+        refinement = replace(recipe.refinement, seed=seed)
+        best = _trained(best, problem, refinement, folder / REFINED, f"{recipe.name}, refined")
+        best.card = {**best.card, "begun_from": begun}
     chosen, losses = choose_scale(best, problem, config) if recipe.choose_scale else (best, {})
     chosen.card = {
         "name": recipe.name,
@@ -131,6 +160,21 @@ def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
     }
     chosen.save(folder / RULE)
     return chosen
+
+
+def _trained(
+    rule: CoordinatewiseLSTM,
+    problem: Problem,
+    config: TrainConfig,
+    folder: Path,
+    description: str,
+    teacher: Teacher | None = None,
+) -> CoordinatewiseLSTM:
+    """The best rule of a training in ``folder``, which carries on if there is one."""
+    trainer = MetaTrainer(rule, problem, config, teacher=teacher, folder=folder)
+    best = fit(trainer, description=description, resume=(folder / CHECKPOINT).exists()).best_rule
+    assert isinstance(best, CoordinatewiseLSTM)
+    return best
 
 
 def _fresh(recipe: Recipe, seed: int) -> CoordinatewiseLSTM:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from l2l_fast.backends import get
 from l2l_fast.meta.objective import Objective
+
+ValidateBy = Literal["end", "run"]
 
 # Fields that may differ when training is resumed: they have no influence on its result.
 FREE_FIELDS = frozenset({"checkpoint_every", "cuda_graph", "max_seconds"})
@@ -47,6 +49,8 @@ class TrainConfig:
         validation_functions: instances to validate on, always the same ones; ``None`` is 1024, or as many as have
             two million coordinates in all, but at least 4.
         validation_seed: seed that they are drawn from.
+        validate_by: what a rule is worth there: ``"end"`` is the mean loss after the last step, ``"run"`` that over all
+            points of the run.
         patience: stop after so many validations in a row without a new best; ``None`` never does.
         checkpoint_every: updates between checkpoints; ``None`` writes one at each validation.
         seed: seed of the training instances and their minibatches.
@@ -82,6 +86,7 @@ class TrainConfig:
     validate_every: int = 100
     validation_functions: int | None = None
     validation_seed: int = 2**31
+    validate_by: ValidateBy = "end"
     patience: int | None = None
     checkpoint_every: int | None = None
     seed: int = 0
@@ -121,6 +126,9 @@ class TrainConfig:
         if self.objective not in get_args(Objective):
             known = ", ".join(map(repr, get_args(Objective)))
             raise ValueError(f"unknown objective {self.objective!r}; known objectives: {known}")
+        if self.validate_by not in get_args(ValidateBy):
+            known = ", ".join(map(repr, get_args(ValidateBy)))
+            raise ValueError(f"validate_by must be one of {known}, got {self.validate_by!r}")
         if not (math.isfinite(self.slope_floor) and self.slope_floor >= 0):
             raise ValueError(f"slope_floor must be finite and not negative, got {self.slope_floor}")
         if self.slope_floor and not self.second_derivatives:

@@ -24,7 +24,7 @@ class TrainEvent:
         lr: learning rate of the update.
         seconds: seconds of training so far.
         skipped: updates skipped so far because of a loss or meta-gradient that was not finite.
-        validation_loss: mean final loss, if this update was validated.
+        validation_loss: mean loss on the validation instances, if this update was validated.
         best_validation_loss: the best so far.
     """
 
@@ -50,7 +50,7 @@ class LogRow:
         loss: mean meta-loss of the segments since the row before, skipped ones left out; ``None`` if there were none.
         grad_norm: mean norm of their meta-gradients before clipping.
         skipped: updates skipped so far.
-        validation_loss: mean over the validation instances of the loss after the last step.
+        validation_loss: mean over the validation instances of the loss, by ``TrainConfig.validate_by``.
         best_validation_loss: the best so far.
     """
 

@@ -43,7 +43,7 @@ class TrainResult:
 
     Attributes:
         best_rule: the rule of the best validation.
-        best_validation_loss: its mean loss after the last step.
+        best_validation_loss: its loss there, see ``TrainConfig.validate_by``.
         best_update: after how many updates it was found; 0 if it is the untrained rule.
         history: a row per validation.
         updates: meta-updates done.

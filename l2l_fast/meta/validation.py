@@ -34,9 +34,9 @@ def validation_functions(rule: nn.Module, problem: Problem, device: torch.device
 
 @torch.no_grad()
 def validation_loss(rule: nn.Module, problem: Problem, config: TrainConfig, device: torch.device) -> float:
-    """Mean loss after the last step on the validation instances; infinite if it is not finite.
+    """Mean loss on the validation instances, at the end of the run or over all of it; infinite if it is not finite.
 
-    It is free of minibatch noise where instances allow it.
+    That at the end is free of minibatch noise where instances allow it.
 
     Raises:
         ValueError: if a loss is not finite before the first step, or not positive where its logarithm is the objective:
@@ -59,8 +59,8 @@ def validation_loss(rule: nn.Module, problem: Problem, config: TrainConfig, devi
             f"objective='log' needs positive losses, but the problem has {first.min().item():g} at a starting point; "
             "use objective='loss'"
         )
-    losses = run.losses[-1]
-    if isinstance(instances, Evaluates):
+    losses = run.losses.mean(0) if config.validate_by == "run" else run.losses[-1]
+    if config.validate_by == "end" and isinstance(instances, Evaluates):
         losses = instances.evaluate(run.params)
         if losses.shape != first.shape:
             raise ValueError(
