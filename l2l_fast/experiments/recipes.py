@@ -124,7 +124,7 @@ _QUADRATIC_LIMITS = (
 )
 _NETWORK_LIMITS = {
     "mnist": (
-        "Taught for 100 steps on this network; the shipped teacher was tuned on it and on one with two hidden layers. "
+        "Taught for 100 steps on this network, which the shipped teacher was tuned on. "
         "Behind tuned baselines on ReLU; see docs/results.md for other networks and longer runs."
     ),
     "digits": "Taught for 100 steps on 64-20-10 on 8 x 8 images, which it overfits. See docs/results.md.",
