@@ -323,12 +323,13 @@ def test_losses_that_draw_are_refused(emulator: Emulator) -> None:
     ("first", "expected"),
     [
         (torch.OutOfMemoryError("no memory is left"), "^no memory is left"),
+        (ValueError("one loss per instance"), "^one loss per instance"),
         (RuntimeError("a copy to the host"), r"can't be captured.*\(a copy to the host\)"),
     ],
-    ids=["memory", "other"],
+    ids=["memory", "value", "other"],
 )
 def test_the_first_error_of_a_capture_is_the_one_that_is_told(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, first: RuntimeError, expected: str
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, first: Exception, expected: str
 ) -> None:
     """A capture that something went wrong in fails once more where it ends."""
 
@@ -346,8 +347,11 @@ def test_the_first_error_of_a_capture_is_the_one_that_is_told(
         if next(calls) > 3:  # the warm-up
             raise first
 
-    with pytest.raises(type(first), match=expected):
-        capture(work, CPU)
+    try:
+        raise KeyError("handled before, and of no account")
+    except KeyError:
+        with pytest.raises(type(first), match=expected):
+            capture(work, CPU)
 
 
 @pytest.mark.parametrize("drawn", [None, [torch.zeros(2)], {"noise": 1.0}])

@@ -136,14 +136,18 @@ def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDA
                 "loss_of of these instances draws random numbers, which a CUDA graph would not take from the generator "
                 "of the run; draw them in draw, or leave cuda_graph out"
             )
-        graph = torch.cuda.CUDAGraph()
+        graph, failed = torch.cuda.CUDAGraph(), None
         try:
             # Outside, for a capture that fails to end leaves its stream the current one.
             with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-                work()
+                try:
+                    work()
+                except Exception as error:
+                    failed = error  # for which the end of the capture raises one more
+                    raise
         except RuntimeError as error:
-            first = _first_cause(error)
-            if isinstance(first, torch.OutOfMemoryError):
+            first = failed or error
+            if isinstance(first, torch.OutOfMemoryError) or not isinstance(first, RuntimeError):
                 raise first from None
             raise RuntimeError(
                 "a step on these instances can't be captured as a CUDA graph; their loss_of must not wait for the "
@@ -155,13 +159,6 @@ def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDA
 def _random_states(device: torch.device) -> list[Tensor]:
     """Of the generators that are used where none is named."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong before the end of the capture did, for which that is the reason."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
 
 
 def check_capturable(rule: nn.Module, instances: Instances) -> None:
