@@ -80,14 +80,16 @@ def test_a_recipe_refines_what_it_has_imitated(tmp_path: Path) -> None:
     assert same_weights(reproduce(replace(TINY, refinement=second), 3, tmp_path), rule)
 
 
-def test_an_interrupted_recipe_carries_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = reproduce(TINY, 3, tmp_path / "whole")
+@pytest.mark.parametrize("stage", ["tiny", "tiny, refined"])
+def test_an_interrupted_recipe_carries_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    recipe = replace(TINY, refinement=replace(CONFIG, second_derivatives=True))
+    expected = reproduce(recipe, 3, tmp_path / "whole")
 
     def interrupted(trainer: MetaTrainer, *, description: str, resume: bool) -> Any:
         assert not resume
 
         def stop(event: Any) -> None:
-            if event.update == 3:
+            if event.update == 3 and description == stage:
                 raise KeyboardInterrupt
 
         return trainer.fit(on_update=stop)
@@ -95,9 +97,9 @@ def test_an_interrupted_recipe_carries_on(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(recipes, "fit", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            reproduce(TINY, 3, tmp_path / "cut")
+            reproduce(recipe, 3, tmp_path / "cut")
     assert not (tmp_path / "cut" / RULE).exists()
-    assert same_weights(reproduce(TINY, 3, tmp_path / "cut"), expected)
+    assert same_weights(reproduce(recipe, 3, tmp_path / "cut"), expected)
 
 
 def test_the_best_scale_has_worse_ones_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
