@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
 import json
 import math
 import pickle
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -324,12 +326,13 @@ def test_losses_that_draw_are_refused(emulator: Emulator) -> None:
     [
         (torch.OutOfMemoryError("no memory is left"), "^no memory is left"),
         (ValueError("one loss per instance"), "^one loss per instance"),
+        (KeyboardInterrupt("Ctrl-C"), "^Ctrl-C"),
         (RuntimeError("a copy to the host"), r"can't be captured.*\(a copy to the host\)"),
     ],
-    ids=["memory", "value", "other"],
+    ids=["memory", "value", "interrupt", "other"],
 )
 def test_the_first_error_of_a_capture_is_the_one_that_is_told(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, first: Exception, expected: str
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, first: BaseException, expected: str
 ) -> None:
     """A capture that something went wrong in fails once more where it ends."""
 
@@ -352,6 +355,27 @@ def test_the_first_error_of_a_capture_is_the_one_that_is_told(
     except KeyError:
         with pytest.raises(type(first), match=expected):
             capture(work, CPU)
+
+
+def test_a_failed_capture_lets_go_of_what_it_allocated(emulator: Emulator) -> None:
+    """At once, for those who go on with less after they ran out of memory."""
+    kept: list[weakref.ref[Tensor]] = []
+    calls = itertools.count(1)
+
+    def work() -> None:
+        allocated = torch.zeros(3)
+        kept.append(weakref.ref(allocated))
+        if next(calls) > 3:  # the warm-up
+            raise torch.OutOfMemoryError("no memory is left")
+
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            capture(work, CPU)
+        del caught
+        assert [reference() for reference in kept] == [None] * 4
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("drawn", [None, [torch.zeros(2)], {"noise": 1.0}])

@@ -136,23 +136,25 @@ def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDA
                 "loss_of of these instances draws random numbers, which a CUDA graph would not take from the generator "
                 "of the run; draw them in draw, or leave cuda_graph out"
             )
-        graph, failed = torch.cuda.CUDAGraph(), None
+        graph, first = torch.cuda.CUDAGraph(), None
         try:
             # Outside, for a capture that fails to end leaves its stream the current one.
             with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
                 try:
                     work()
-                except Exception as error:
-                    failed = error  # for which the end of the capture raises one more
+                except BaseException as error:
+                    first = error  # for which the end of the capture raises one more
                     raise
         except RuntimeError as error:
-            first = failed or error
+            first = first or error
             if isinstance(first, torch.OutOfMemoryError) or not isinstance(first, RuntimeError):
                 raise first from None
             raise RuntimeError(
                 "a step on these instances can't be captured as a CUDA graph; their loss_of must not wait for the "
                 f"device ({first}). Leave cuda_graph out to train without a graph"
             ) from first
+        finally:
+            del first  # whose frames hold what was allocated: this one must not be among them
     return graph
 
 
