@@ -268,6 +268,32 @@ def test_steps_of_the_hand_made_teacher_are_short_where_gradients_disagree() -> 
     torch.testing.assert_close(moved, (last - first).sign() * lengths**3, rtol=1e-4, atol=1e-5)
 
 
+def test_steps_of_the_hand_made_teacher_in_full() -> None:
+    """All settings at work, against the formula step by step in float64."""
+    settings = PowerMomentum(0.1, 0.8, 3.0, 0.8, 0.6, 1.7, decay=0.5, decay_time=4.0, settled=0.4, settle_at=3.0)
+    grads = 0.1 * torch.randn(8, 40, generator=seeded(2), dtype=torch.float64)
+    mean, square, expected = (torch.zeros(40, dtype=torch.float64) for _ in range(3))
+    for step, grad in enumerate(grads):
+        mean, square = 0.8 * mean + 0.2 * grad, 0.6 * square + 0.4 * grad**2
+        rms = (square / (1 - 0.6 ** (step + 1))).sqrt() + 1e-8
+        agreed = (grad + 3 * mean) / (4 * rms)
+        shorter = (1 + step / 4) ** -0.5 * (0.4 + 0.6 * torch.sigmoid(torch.tensor(3.0 - step).double()))
+        expected -= 0.1 * shorter * (rms / 0.05) ** 0.2 * agreed.sign() * agreed.abs() ** 1.7
+    torch.testing.assert_close(_descended(settings, grads), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [0.0, 0.9, 1.2, 2.0])
+def test_steps_of_the_hand_made_teacher_stay_finite(power: float, dtype: torch.dtype) -> None:
+    settings = PowerMomentum(1e-3, power, 0.0, 0.5, 0.5, agreement=1.5, decay=0.0, decay_time=1.0)
+    most = 0.01 * torch.finfo(dtype).max
+    grads = torch.tensor([[0.0, most, -most, 1e-3]] * 3, dtype=dtype)
+    moved = _descended(settings, grads)
+    assert moved.isfinite().all()
+    assert moved[0] == 0
+    assert moved[3] < 0
+
+
 def test_steps_of_the_hand_made_teacher_grow_shorter() -> None:
     settings = PowerMomentum(1.0, 1.0, 0.0, 0.9, 0.9, agreement=1.0, decay=0.5, decay_time=10.0)
     assert settings.length(0) == pytest.approx(1.0)

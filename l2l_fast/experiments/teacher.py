@@ -19,15 +19,18 @@ class PowerMomentum:
 
     With ``m`` and ``s`` the exponential means of gradient and squared gradient, step ``t`` adds::
 
-        -lr * shorter_t * (sqrt(s) / GRADIENT)**(1 - power) * sign(w) * abs(w)**agreement
-        w = (g + slow * m) / ((1 + slow) * sqrt(s))
+        -lr * shorter_t * (rms / GRADIENT)**(1 - power) * sign(w) * abs(w)**agreement
+        rms = sqrt(s) + 1e-8
+        w = (g + slow * m) / ((1 + slow) * rms)
         shorter_t = (1 + t / decay_time)**-decay * (settled + (1 - settled) * sigmoid((settle_at - t) / settle_width))
 
-    so that ``w`` is about 1 or -1 where gradients are all alike, and near 0 where they are noise.
+    so that ``w`` is about 1 or -1 where gradients are all alike, once ``m`` has caught up with them, and near 0 where
+    they are noise. A gradient far larger than those before makes it larger.
 
     Args:
-        lr: length of a step where gradients agree and are ``GRADIENT``, before steps grow shorter.
-        power: 0 for none of the normalisation of Adam, 1 for all of it.
+        lr: length of a step where ``w`` is 1 and gradients are ``GRADIENT``, before steps grow shorter.
+        power: 0 for none of the normalisation of Adam, 1 for all of it; above that, up to 2, large gradients make short
+            steps.
         slow: weight of the momentum beside the gradient itself.
         momentum: decay of ``m``, which starts at 0.
         memory: decay of ``s``, whose bias to 0 is corrected.
@@ -61,6 +64,8 @@ class PowerMomentum:
         for name in ("lr", "agreement", "decay_time", "settle_width"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.power <= 2:
+            raise ValueError(f"power must be at least 0 and at most 2, got {self.power}")
         if self.slow < 0:
             raise ValueError(f"slow must not be negative, got {self.slow}")
         for name in ("momentum", "memory"):
@@ -72,7 +77,7 @@ class PowerMomentum:
         return _Optimizer(params, self)
 
     def length(self, step: int) -> float:
-        """The length of step ``step`` where gradients agree and are ``GRADIENT``."""
+        """The length of step ``step`` where ``w`` is 1 and gradients are ``GRADIENT``."""
         decayed = math.pow(1 + step / self.decay_time, -self.decay)
         fallen = 0.5 + 0.5 * math.tanh((step - self.settle_at) / self.settle_width / 2)
         return self.lr * decayed * (1 - (1 - self.settled) * fallen)
@@ -98,7 +103,10 @@ class _Optimizer(torch.optim.Optimizer):
         state["step"] += 1
         state["mean"].lerp_(grad, 1 - settings.momentum)
         state["square"].mul_(settings.memory).addcmul_(grad, grad, value=1 - settings.memory)
-        rms = (state["square"] / (1 - settings.memory ** state["step"])).sqrt_().add_(1e-8)
+        rms = (state["square"] / (1 - settings.memory ** state["step"])).sqrt_()
+        # Neither 0 nor infinite, where a factor of 0 would make it no number.
+        limits = torch.finfo(rms.dtype)
+        rms.add_(max(1e-8, limits.tiny)).clamp_(max=GRADIENT * limits.max / 2)
         agreed = torch.add(grad, state["mean"], alpha=settings.slow).div_(rms).div_(1 + settings.slow)
         agreed = agreed.abs().pow_(settings.agreement).copysign_(agreed)
         param.addcmul_(agreed, rms.div_(GRADIENT).pow_(1 - settings.power), value=-length)
