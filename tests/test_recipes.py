@@ -152,6 +152,27 @@ def test_a_teacher_is_judged_by_every_problem(tmp_path: Path, monkeypatch: pytes
         teacher_search.search_teacher([], tmp_path)
 
 
+def test_trials_of_another_score_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have other settings, and look better than any."""
+    monkeypatch.setattr(teacher_search, "STEPS", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_search, "_VERSION", 1)
+        patch.setattr(teacher_search, "_score", lambda *_: -1e9)
+        teacher_search.search_teacher([Quadratic()], tmp_path, trials=3, runs=2)
+    found = teacher_search.search_teacher([Quadratic()], tmp_path, trials=1, runs=2)
+    assert found == teacher_search._suggest(FixedTrial(teacher_search._FIRST_TRIAL))
+    new, old = (
+        summary.best_trial.value
+        for summary in sorted(
+            optuna.get_all_study_summaries(f"sqlite:///{tmp_path / teacher_search.TRIALS_FILE}"),
+            key=lambda summary: summary.n_trials,
+        )
+        if summary.best_trial is not None
+    )
+    assert old == -1e9
+    assert new != old
+
+
 def test_settings_that_diverge_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_search, "STEPS", 30)
     monkeypatch.setattr(

@@ -31,6 +31,7 @@ STEPS = 100
 
 _STARTUP_TRIALS = 30
 _MEAN_WEIGHT, _LONGER_WEIGHT = 3.0, 0.3
+_VERSION = 2  # of score and settings: trials of another one are of no use
 
 # Adam with decays of 0.9 for both means, to begin with.
 _FIRST_TRIAL = {
@@ -54,7 +55,8 @@ def search_teacher(
     """The best of ``trials`` settings, written to ``folder/teacher.json``.
 
     Judged by the mean over ``problems`` of ``log f(100) + 3 log mean f(0..100) + 0.3 log f(200)``, with losses averaged
-    over runs. Trials are kept in ``folder/teacher.db``, by problems, runs and seed, and are not made again.
+    over runs; infinite unless all of them are finite and positive. Trials are kept in ``folder/teacher.db``, by
+    problems, runs and seed, and are not made again.
 
     Raises:
         BlockingIOError: if another search is at work in the folder.
@@ -77,7 +79,7 @@ def search_teacher(
         study = optuna.create_study(
             sampler=sampler,
             storage=f"sqlite:///{folder / TRIALS_FILE}",
-            study_name=f"{' + '.join(names)} runs={runs} seed={seed}",
+            study_name=f"{' + '.join(names)} runs={runs} seed={seed} version={_VERSION}",
             load_if_exists=True,
         )
         done = len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE]))
@@ -103,10 +105,10 @@ def _score(instances: Instances, teacher: PowerMomentum, generator: torch.Genera
 
     run = descend(instances, teacher, 2 * STEPS, generator=generator, on_step=look)
     last = final_losses(instances, run.losses, run.params).mean().item()
-    if not math.isfinite(last):
-        return math.inf
     final = (halfway[0] if halfway else run.losses[STEPS]).mean().item()
     mean = run.losses[: STEPS + 1].mean().item()
+    if not all(math.isfinite(loss) and loss > 0 for loss in (final, mean, last)):
+        return math.inf
     return math.log(final) + _MEAN_WEIGHT * math.log(mean) + _LONGER_WEIGHT * math.log(last)
 
 
