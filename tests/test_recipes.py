@@ -69,6 +69,7 @@ def test_a_recipe_refines_what_it_has_imitated(tmp_path: Path) -> None:
     expected = trainer.fit().best_rule
     assert isinstance(expected, CoordinatewiseLSTM)
     assert same_weights(rule, expected)
+    assert not same_weights(rule, CoordinatewiseLSTM.load(tmp_path / "best.safetensors"))
     card = CoordinatewiseLSTM.load(tmp_path / RULE).card
     assert card["config"]["second_derivatives"] is True
     assert "teacher" not in card
@@ -99,7 +100,20 @@ def test_an_interrupted_recipe_carries_on(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             reproduce(recipe, 3, tmp_path / "cut")
     assert not (tmp_path / "cut" / RULE).exists()
-    assert same_weights(reproduce(recipe, 3, tmp_path / "cut"), expected)
+    carried_on = reproduce(recipe, 3, tmp_path / "cut")
+    assert same_weights(carried_on, expected)
+    assert carried_on.card == expected.card
+
+
+def test_a_second_training_alone_is_refused(tmp_path: Path) -> None:
+    """It does not know what it began from."""
+    recipe = replace(TINY, refinement=replace(CONFIG, second_derivatives=True))
+    reproduce(recipe, 3, tmp_path)
+    for path in tmp_path.glob("*.*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="refined holds the second part of a training whose first part is gone"):
+        reproduce(replace(recipe, teacher=replace(TEACHER, lr=0.1)), 3, tmp_path)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
 def test_the_best_scale_has_worse_ones_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def recipe_for(rule: str, teacher: str = SHIPPED) -> Recipe:
             rule,
             LogAndSign(15.0),
             _NETWORK_CONFIG,
-            _NETWORK_LIMITS[rule] if teacher == SHIPPED else _OTHER_TEACHER,
+            f"{_NETWORK_LIMITS[rule]} {_SHIPPED_LIMITS[rule] if teacher == SHIPPED else _OTHER_TEACHER}",
             choose_teacher(teacher, rule),
             _REFINEMENTS.get(rule),
             choose_scale=True,
@@ -123,13 +123,17 @@ _QUADRATIC_LIMITS = (
     "tried. Not meant for neural networks."
 )
 _NETWORK_LIMITS = {
-    "mnist": (
-        "Taught for 100 steps on this network, which the shipped teacher was tuned on. "
-        "Behind tuned baselines on ReLU; see docs/results.md for other networks and longer runs."
-    ),
-    "digits": "Taught for 100 steps on 64-20-10 on 8 x 8 images, which it overfits. See docs/results.md.",
+    "mnist": "Taught for 100 steps on 784-20-10, sigmoid, on MNIST.",
+    "digits": "Taught for 100 steps on 64-20-10, sigmoid, on 8 x 8 images, which it overfits.",
 }
-_OTHER_TEACHER = "Taught for 100 steps on this network by another teacher than the shipped one. Not measured further."
+_SHIPPED_LIMITS = {
+    "mnist": (
+        "Its teacher was tuned on that network alone. Behind tuned baselines on ReLU; see docs/results.md for other "
+        "networks and longer runs."
+    ),
+    "digits": "See docs/results.md.",
+}
+_OTHER_TEACHER = "By another teacher than the shipped one, and not measured any further."
 
 
 def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
@@ -141,8 +145,13 @@ def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
     Raises:
         BlockingIOError: if another training is at work in the folder.
         OSError: if it can't be written.
-        ValueError: if the folder holds another training, or one from another seed.
+        ValueError: if the folder holds another training, one from another seed, or the second part of one alone.
     """
+    if (folder / REFINED / CHECKPOINT).exists() and not (folder / CHECKPOINT).exists():
+        raise ValueError(
+            f"{folder / REFINED} holds the second part of a training whose first part is gone from {folder}; delete "
+            "it, or name another folder"
+        )
     problem, config = PROBLEMS[recipe.problem](), replace(recipe.config, seed=seed)
     best = _trained(_fresh(recipe, seed), problem, config, folder, recipe.name, recipe.teacher)
     if recipe.refinement is not None:
@@ -188,7 +197,8 @@ def choose_scale(
 ) -> tuple[CoordinatewiseLSTM, dict[str, float]]:
     """The rule with the ``output_scale`` of the lowest validation loss.
 
-    Tried are powers of 1.1 times its own, from its neighbours on until the best has a worse one on both sides.
+    That is by what ``config`` validates by. Tried are powers of 1.1 times its own, from its neighbours on until the
+    best has a worse one on both sides.
 
     Returns:
         The rule, and every validation loss by ``output_scale``.
