@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from l2l_fast import CoordinatewiseLSTM, LogAndSign, __version__
+from l2l_fast import CoordinatewiseLSTM, LogAndSign, __version__, load_rule
 from l2l_fast.backends import get
 from l2l_fast.cli import main
 from l2l_fast.cli.app import app
@@ -381,11 +382,15 @@ def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TrainConfig(updates=2, horizon=4, truncation=4, batch_size=2, validation_functions=4)
     tiny = Recipe("tiny", "quadratic", LogAndSign(), whole, "Good for nothing.", choose_scale=True)
     monkeypatch.setattr(recipes, "recipe_for", lambda name, teacher: tiny)
-    code, printed, _ = run("reproduce", "tiny", "--out", tmp_path / "out")
+    code, printed, _ = run("reproduce", "tiny", "--seed", "5", "--out", tmp_path / "out")
     assert code == 0
     assert "output_scale 0.09091" in printed
     assert str(tmp_path / "out" / recipes.RULE) in printed.replace("\n", "")
     assert CoordinatewiseLSTM.load(tmp_path / "out" / recipes.RULE).card["name"] == "tiny"
+    monkeypatch.setattr(recipes, "recipe_for", lambda name, teacher: replace(tiny, name=name))
+    assert run("reproduce", "mnist", "--out", tmp_path / "shipped")[0] == 0  # whose seed is taken
+    command = CoordinatewiseLSTM.load(tmp_path / "shipped" / recipes.RULE).card["command"]
+    assert command == load_rule("mnist").card["command"]
     monkeypatch.undo()
     assert "there is no recipe for 'cubic'" in error_of("reproduce", "cubic", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -24,11 +24,17 @@ from l2l_fast.experiments import recipes, tables, teacher_search
 from l2l_fast.experiments.output import prepare_folder
 from l2l_fast.experiments.progress import console
 from l2l_fast.experiments.teachers import SHIPPED
+from l2l_fast.rule import load_rule
 
 
 def reproduce(
     rule: Annotated[str, typer.Argument(metavar="RULE", help="A shipped rule: quadratic, mnist or digits.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, functions and minibatches.")] = 1,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Seed of weights, functions and minibatches.", show_default="that of the shipped rule"
+        ),
+    ] = None,
     teacher: Annotated[
         str, typer.Option(metavar="TEACHER", help=f"What a network's rule imitates: {TEACHER_FORMS}.")
     ] = SHIPPED,
@@ -42,6 +48,8 @@ def reproduce(
     set_threads(threads)
     use_data_dir(data_dir)
     recipe = recipes.recipe_for(rule, teacher)
+    if seed is None:
+        seed = int(load_rule(recipe.name).card["config"]["seed"])
     folder = prepare_folder(Path("runs") / f"reproduce-{rule}-{seed}" if out is None else out)
     trained = recipes.reproduce(recipe, seed, folder)
     losses = trained.card.get("validation_loss_by_output_scale")
