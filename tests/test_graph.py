@@ -120,11 +120,10 @@ def test_training_has_the_same_bits(
         MetaTrainer(make_rule(), problem, replace(config, **settings), folder=tmp_path / folder).fit()
     assert_same_numbers(tmp_path / "plain", tmp_path / "graphed")
     config = replace(GRAPHED, **settings)
-    assert len(emulator.graphs) == config.shards
-    segments, steps = divmod(config.updates, math.ceil(config.horizon / config.truncation))
-    assert not steps
-    for graph in emulator.graphs:
-        assert graph.replays == segments * config.horizon + config.updates
+    runs, more = divmod(config.updates, math.ceil(config.horizon / config.truncation))
+    assert not more
+    (graph,) = emulator.graphs
+    assert graph.replays == config.shards * (runs * config.horizon + config.updates)
 
 
 def test_the_rule_with_its_preprocessing(emulator: Emulator) -> None:

@@ -56,7 +56,7 @@ class StepGraph:
             drawn: what the instances have drawn for the first step, which a capture is made with.
 
         Raises:
-            ValueError: if the step was captured for something else.
+            ValueError: if the step was captured for something else, or the losses draw random numbers.
             TypeError: if what was drawn is not tensors by name.
             RuntimeError: if the losses can't be captured.
         """

@@ -37,6 +37,7 @@ class Shard:
         config: settings.
         device: where instances live.
         teacher: whose steps the rule is to take; ``None`` minimises the losses.
+        graph: takes the steps on a CUDA device; shards may share it.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Shard:
         config: TrainConfig,
         device: torch.device,
         teacher: Teacher | None = None,
+        graph: StepGraph | None = None,
     ) -> None:
         self.number = number
         self._problem = problem
@@ -53,7 +55,7 @@ class Shard:
         self._device = device
         self._teacher = teacher
         self._generator = torch.Generator().manual_seed(_seed(config.seed, number))
-        self._graph = StepGraph() if config.cuda_graph else None
+        self._graph = graph
         self._run: _Run | None = None
 
     def unroll(self, rule: nn.Module, position: int, done: float) -> Unroll:

@@ -21,7 +21,7 @@ from l2l_fast.meta.checkpoint import Progress
 from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.distributed import Team, job, restarted
 from l2l_fast.meta.folder import TrainingFolder
-from l2l_fast.meta.graph import check_graph
+from l2l_fast.meta.graph import StepGraph, check_graph
 from l2l_fast.meta.imitation import Teacher, check_teaching
 from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent
@@ -128,7 +128,8 @@ class MetaTrainer:
         self._team.broadcast(rule.state_dict().values())
         self._files = None if self.folder is None else TrainingFolder(self.folder)
         self._optimizer = torch.optim.Adam(self._weights, lr=self.config.lr, fused=True)
-        self._shards = [Shard(number, problem, self.config, self._device, teacher) for number in shares]
+        graph = StepGraph() if self.config.cuda_graph else None
+        self._shards = [Shard(number, problem, self.config, self._device, teacher, graph) for number in shares]
         self._progress = Progress()
         # What is validated: the rule itself, or a copy with the average of its weights.
         self._judged = rule if self.config.average is None else copy.deepcopy(rule)
