@@ -105,15 +105,20 @@ def test_an_interrupted_recipe_carries_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert carried_on.card == expected.card
 
 
-def test_a_second_training_alone_is_refused(tmp_path: Path) -> None:
-    """It does not know what it began from."""
+def test_a_second_training_knows_what_it_began_from(tmp_path: Path) -> None:
+    """Also where the first one is gone."""
     recipe = replace(TINY, refinement=replace(CONFIG, second_derivatives=True))
-    reproduce(recipe, 3, tmp_path)
-    for path in tmp_path.glob("*.*"):
-        path.unlink()
-    with pytest.raises(ValueError, match="refined holds the second part of a training whose first part is gone"):
+    expected = reproduce(recipe, 3, tmp_path)
+
+    def forget() -> None:
+        for path in tmp_path.glob("*.*"):
+            path.unlink()
+
+    forget()
+    assert same_weights(reproduce(recipe, 3, tmp_path), expected)
+    forget()
+    with pytest.raises(ValueError, match=r"refined.*belongs to another training: begun_from is"):
         reproduce(replace(recipe, teacher=replace(TEACHER, lr=0.1)), 3, tmp_path)
-    assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
 def test_the_best_scale_has_worse_ones_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,18 @@ def test_resume_refuses_another_training(tmp_path: Path) -> None:
     MetaTrainer(make_rule(), Quadratic(), replace(SMALL, max_seconds=100.0), folder=tmp_path).fit(resume=True)
 
 
+def test_resume_refuses_another_rule_to_begin_from(tmp_path: Path) -> None:
+    """A fresh one is none: resumed, any other may stand in for it."""
+    MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path / "fresh").fit()
+    MetaTrainer(make_rule(seed=1), Quadratic(), SMALL, folder=tmp_path / "fresh").fit(resume=True)
+    trained, other = make_rule(), make_rule(seed=1)
+    trained.card = other.card = {"updates": 3}
+    MetaTrainer(trained, Quadratic(), SMALL, folder=tmp_path / "carried").fit()
+    for rule, name in ((other, "sha256"), (make_rule(), "absent")):
+        with pytest.raises(ValueError, match=f"begun_from is .*sha256.* in the checkpoint but .*{name}.* here"):
+            MetaTrainer(rule, Quadratic(), SMALL, folder=tmp_path / "carried").fit(resume=True)
+
+
 def test_resume_refuses_a_damaged_or_foreign_file(tmp_path: Path) -> None:
     trainer = MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no file .*checkpoint\.safetensors"):
