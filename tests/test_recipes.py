@@ -192,6 +192,13 @@ def test_trials_of_another_score_are_left_alone(tmp_path: Path, monkeypatch: pyt
     assert new != old
 
 
+def test_no_teacher_is_made_of_settings_that_all_diverge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_search, "_score", lambda *_: math.inf)
+    with pytest.raises(ValueError, match="none of 2 trials had losses that are finite and positive"):
+        teacher_search.search_teacher([Quadratic()], tmp_path, trials=2, runs=2)
+    assert not (tmp_path / teacher_search.TEACHER).exists()
+
+
 def test_settings_that_diverge_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_search, "STEPS", 30)
     monkeypatch.setattr(

@@ -60,7 +60,7 @@ def search_teacher(
 
     Raises:
         BlockingIOError: if another search is at work in the folder.
-        ValueError: if there is no problem to judge by, or one is there twice.
+        ValueError: if there is no problem to judge by, or one is there twice, or no trial is worth anything.
     """
     if not problems:
         raise ValueError("a teacher is tuned for one problem or several, got none")
@@ -90,6 +90,11 @@ def search_teacher(
             lambda trial: judge(_suggest(trial)),
             n_trials=max(0, trials - done),
             callbacks=[lambda study, trial: advance(note=f"best {study.best_value:.3f}")],
+        )
+    if not math.isfinite(study.best_value):
+        raise ValueError(
+            f"none of {len(study.trials)} trials had losses that are finite and positive; look at the problem, or try "
+            "more"
         )
     found = _suggest(optuna.trial.FixedTrial(study.best_params))
     write_json(folder / TEACHER, asdict(found))
