@@ -282,16 +282,40 @@ def test_steps_of_the_hand_made_teacher_in_full() -> None:
     torch.testing.assert_close(_descended(settings, grads), expected, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("power", [0.0, 0.9, 1.2, 2.0])
 def test_steps_of_the_hand_made_teacher_stay_finite(power: float, dtype: torch.dtype) -> None:
-    settings = PowerMomentum(1e-3, power, 0.0, 0.5, 0.5, agreement=1.5, decay=0.0, decay_time=1.0)
-    most = 0.01 * torch.finfo(dtype).max
+    settings = PowerMomentum(1e-3, power, 4.0, 0.5, 0.5, agreement=1.5, decay=0.0, decay_time=1.0)
+    most = torch.finfo(dtype).max
     grads = torch.tensor([[0.0, most, -most, 1e-3]] * 3, dtype=dtype)
     moved = _descended(settings, grads)
     assert moved.isfinite().all()
     assert moved[0] == 0
     assert moved[3] < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_of_the_hand_made_teacher_in_half_precision(dtype: torch.dtype) -> None:
+    """With squares that only wider numbers can hold."""
+    settings = PowerMomentum(0.1, 0.9, 4.0, 0.7, 0.8, agreement=1.5, decay=0.0, decay_time=1.0)
+    grads = torch.tensor([[300.0, 1e-3, 2e-4, -1e-5]], dtype=dtype).expand(6, -1)
+    torch.testing.assert_close(
+        _descended(settings, grads).double(), _descended(settings, grads.double()), rtol=0.02, atol=0
+    )
+
+
+def test_a_step_of_the_hand_made_teacher_by_a_closure() -> None:
+    param, idle = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = PowerMomentum(0.1, 1.0, 0.0, 0.0, 0.0, agreement=1.0, decay=0.0, decay_time=1.0)([param, idle])
+
+    def closure() -> float:
+        loss = (param**2).sum()
+        torch.autograd.backward(loss)
+        return loss.item()
+
+    assert optimizer.step(closure) == 2
+    torch.testing.assert_close(param.detach(), torch.full((2,), 0.9))
+    assert torch.equal(idle, torch.ones(2))
 
 
 def test_steps_of_the_hand_made_teacher_grow_shorter() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = 1e18  # larger gradients count as of this size, whose square is a number in float32
 GRADIENT = 0.05  # where ``lr`` is the length of a step: about the root mean square at the start on MNIST
 
 
@@ -25,7 +26,7 @@ class PowerMomentum:
         shorter_t = (1 + t / decay_time)**-decay * (settled + (1 - settled) * sigmoid((settle_at - t) / settle_width))
 
     so that ``w`` is about 1 or -1 where gradients are all alike, once ``m`` has caught up with them, and near 0 where
-    they are noise. A gradient far larger than those before makes it larger.
+    they are noise. A gradient far larger than those before makes it larger. ``m`` and ``s`` are float32 or wider.
 
     Args:
         lr: length of a step where ``w`` is 1 and gradients are ``GRADIENT``, before steps grow shorter.
@@ -89,24 +90,25 @@ class _Optimizer(torch.optim.Optimizer):
         self._settings = settings
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for param in group["params"]:
-                self._step(param)
+                if param.grad is not None:
+                    self._step(param, param.grad)
+        return loss
 
-    def _step(self, param: Tensor) -> None:
-        settings, state, grad = self._settings, self.state[param], param.grad
-        assert grad is not None
+    def _step(self, param: Tensor, grad: Tensor) -> None:
+        settings, state = self._settings, self.state[param]
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32)).clamp(-LARGEST, LARGEST)
         if not state:
-            state |= {"step": 0, "mean": torch.zeros_like(param), "square": torch.zeros_like(param)}
+            state |= {"step": 0, "mean": torch.zeros_like(grad), "square": torch.zeros_like(grad)}
         length = settings.length(state["step"])
         state["step"] += 1
         state["mean"].lerp_(grad, 1 - settings.momentum)
         state["square"].mul_(settings.memory).addcmul_(grad, grad, value=1 - settings.memory)
-        rms = (state["square"] / (1 - settings.memory ** state["step"])).sqrt_()
-        # Neither 0 nor infinite, where a factor of 0 would make it no number.
-        limits = torch.finfo(rms.dtype)
-        rms.add_(max(1e-8, limits.tiny)).clamp_(max=GRADIENT * limits.max / 2)
+        rms = (state["square"] / (1 - settings.memory ** state["step"])).sqrt_().add_(1e-8)
         agreed = torch.add(grad, state["mean"], alpha=settings.slow).div_(rms).div_(1 + settings.slow)
         agreed = agreed.abs().pow_(settings.agreement).copysign_(agreed)
         param.addcmul_(agreed, rms.div_(GRADIENT).pow_(1 - settings.power), value=-length)
