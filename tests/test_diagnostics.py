@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from l2l_fast import reference
 from l2l_fast.meta.diagnostics import BINS, WATCHED, Diagnosis, diagnose
-from l2l_fast.problems import Quadratic
+from l2l_fast.problems import ImageClassifier, Quadratic
 from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import LogAndSign, Preprocess
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make_rule(preprocess: Preprocess | None = None, output_scale: float = 0.1) -> CoordinatewiseLSTM:
-    torch.manual_seed(0)
+def make_rule(preprocess: Preprocess | None = None, output_scale: float = 0.1, seed: int = 0) -> CoordinatewiseLSTM:
+    torch.manual_seed(seed)
     return CoordinatewiseLSTM(preprocess=preprocess, output_scale=output_scale)
 
 
@@ -92,6 +92,15 @@ def test_verdict_on_large_and_small_steps() -> None:
     large = replace(small, relative_update=torch.full((5,), 3.0))
     assert "Updates are 3 times as long as the parameters: try a smaller output_scale" in large.verdict()
     assert "The loss does not fall" in diagnose(make_rule(LogAndSign(), 1e4), Quadratic(), steps=5).verdict()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_verdict_on_rules_that_have_learned_nothing(seed: int) -> None:
+    """The loss of some falls a little, by luck."""
+    diagnosis = diagnose(make_rule(LogAndSign(), seed=seed), ImageClassifier("digits"), functions=2)
+    assert "The loss " in diagnosis.verdict()
+    lucky = replace(diagnosis, losses=torch.linspace(2.3024, 2.2985, 101))
+    assert "The loss hardly falls: 2.3024 at the start, 2.2985 at the end" in lucky.verdict()
 
 
 def test_verdict_on_a_rule_without_effect() -> None:

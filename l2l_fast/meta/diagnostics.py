@@ -23,6 +23,7 @@ COORDINATES = 2**15  # of all instances, unless their number is given
 WATCHED = 2048  # coordinates whose gates and features are looked at
 
 # Where the verdict draws its lines.
+_LITTLE_FALL = 0.01
 _FEW_DOWNHILL = 0.05
 _STEP_TOO_LONG, _STEP_TOO_SHORT = 1.0, 1e-4
 _MANY_SATURATED, _SOME_SATURATED = 0.5, 0.1
@@ -73,8 +74,12 @@ class Diagnosis:
         first, last = self.losses[0].item(), self.losses[-1].item()
         if not self.losses.isfinite().all():
             return ["The runs diverge to values that are not finite: try a smaller output_scale or a lower lr."]
-        if last >= first:
-            return [f"The loss does not fall: {first:.3g} at the start, {last:.3g} at the end."]
+        if first - last < _LITTLE_FALL * abs(first):
+            how = "hardly falls" if last < first else "does not fall"
+            return [
+                f"The loss {how}: {first:.5g} at the start, {last:.5g} at the end. "
+                "That is normal before training; afterwards, train longer or with another lr."
+            ]
         return []
 
     def _about_updates(self) -> list[str]:
