@@ -75,11 +75,11 @@ def figure(
 
 
 def _figure_4(quadratics: Comparison, comparison: Comparison, network: ImageClassifier, folder: Path) -> None:
-    """Without the images only the left panel is drawn, before the error says so."""
-    missing: OSError | None = None
+    """Without the images, or with damaged ones, only the left panel is drawn, before the error says so."""
+    missing: OSError | ValueError | None = None
     try:
         load(network.dataset)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         missing = error
     panels = networks.quadratic_panels(quadratics)
     others = {}
