@@ -196,6 +196,20 @@ def test_ctrl_c_says_what_is_left(
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("command", "what"), [("reproduce", "recipes.reproduce"), ("tune-teacher", "teacher_search.search_teacher")]
+)
+def test_ctrl_c_where_the_same_command_carries_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, what: str
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"l2l_fast.experiments.{what}", interrupted)
+    ended = run(command, "quadratic", "--out", tmp_path)
+    assert ended == (130, "", "\ninterrupted; the same command carries on\n")
+
+
 def test_ctrl_c_anywhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

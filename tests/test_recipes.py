@@ -44,7 +44,8 @@ def test_a_recipe_makes_a_rule_that_tells_how(tmp_path: Path) -> None:
     assert card["limits"] == "Good for nothing."
     assert card["config"]["seed"] == 3
     assert card["teacher"] == repr(TEACHER)
-    losses = card["validation_loss_by_output_scale"]
+    assert card["output_scales"]["validated_by"] == "end"
+    losses = card["output_scales"]["validation_loss"]
     assert {"0.09091", "0.1", "0.11"} <= losses.keys()
     assert losses["0.1"] == card["validation_loss"]
     assert losses[f"{found.spec.output_scale:.4g}"] == min(losses.values())
@@ -58,7 +59,7 @@ def test_a_recipe_makes_a_rule_that_tells_how(tmp_path: Path) -> None:
 
 def test_a_recipe_without_a_teacher_and_a_choice(tmp_path: Path) -> None:
     card = reproduce(replace(TINY, teacher=None, choose_scale=False), 3, tmp_path).card
-    assert not {"teacher", "validation_loss_by_output_scale"} & card.keys()
+    assert not {"teacher", "output_scales"} & card.keys()
 
 
 def test_a_recipe_refines_what_it_has_imitated(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_a_recipe_refines_what_it_has_imitated(tmp_path: Path) -> None:
     assert card["begun_from"]["config"]["seed"] == 3
     # The scale is chosen by the end of the runs nevertheless.
     at_end = validation_loss(expected, Quadratic(), CONFIG, torch.device("cpu"))
-    assert card["validation_loss_by_output_scale"]["0.1"] == at_end
+    assert card["output_scales"]["validation_loss"]["0.1"] == at_end
     assert same_weights(reproduce(replace(TINY, refinement=second), 3, tmp_path), rule)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from l2l_fast.baselines import BASELINES
 from l2l_fast.datasets import FOLDER_VARIABLE
-from l2l_fast.experiments.progress import console
+from l2l_fast.experiments.progress import console, errors
 from l2l_fast.experiments.teachers import SHIPPED
 from l2l_fast.problems import PROBLEMS, Problem, load_problem, parse_settings
 
@@ -32,6 +33,16 @@ DataDir = Annotated[
 ]
 TEACHER_FORMS = f"{SHIPPED}, a file of tune-teacher, or {', '.join(BASELINES)} with a learning rate: adam:0.01"
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute on; torch's choice by default.")]
+
+
+@contextmanager
+def carries_on() -> Iterator[None]:
+    """Ctrl-C ends a command that carries on where it was."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print("\ninterrupted; the same command carries on")
+        raise typer.Exit(130) from None
 
 
 def set_threads(threads: int | None) -> None:

@@ -14,6 +14,7 @@ from l2l_fast.cli.common import (
     DataDir,
     ProblemName,
     Threads,
+    carries_on,
     folder_name,
     make_problem,
     print_written,
@@ -51,9 +52,10 @@ def reproduce(
     if seed is None:
         seed = int(load_rule(recipe.name).card["config"]["seed"])
     folder = prepare_folder(Path("runs") / f"reproduce-{rule}-{seed}" if out is None else out)
-    trained = recipes.reproduce(recipe, seed, folder)
-    losses = trained.card.get("validation_loss_by_output_scale")
-    if losses:
+    with carries_on():
+        trained = recipes.reproduce(recipe, seed, folder)
+    if "output_scales" in trained.card:
+        losses = trained.card["output_scales"]["validation_loss"]
         console.print(tables.info_table({f"output_scale {scale}": f"{loss:.4g}" for scale, loss in losses.items()}))
     print_written(folder / recipes.RULE)
 
@@ -86,6 +88,7 @@ def tune_teacher(
     problems = [make_problem(problem), *(make_problem(problem, settings.split()) for settings in also or ())]
     name = "+".join([f"teacher-{folder_name(problem)}", *(re.sub(r"[^\w=,.-]+", "_", text) for text in also or ())])
     folder = prepare_folder(Path("runs") / name if out is None else out)
-    found = teacher_search.search_teacher(problems, folder, trials=trials, seed=seed)
+    with carries_on():
+        found = teacher_search.search_teacher(problems, folder, trials=trials, seed=seed)
     console.print(tables.info_table({name: f"{value:.4g}" for name, value in asdict(found).items()}))
     print_written(folder / teacher_search.TEACHER)

@@ -159,7 +159,7 @@ def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
         "name": recipe.name,
         "command": shlex.join(["l2l-fast", "reproduce", recipe.name, *recipe.options, "--seed", str(seed)]),
         **best.card,
-        **({"validation_loss_by_output_scale": losses} if losses else {}),
+        **({"output_scales": {"validated_by": config.validate_by, "validation_loss": losses}} if losses else {}),
         "limits": recipe.limits,
     }
     chosen.save(folder / RULE)
