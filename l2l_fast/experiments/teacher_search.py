@@ -67,7 +67,7 @@ def search_teacher(
     names = [describe_problem(problem) for problem in problems]
     if len(set(names)) < len(names):
         raise ValueError(f"a problem to judge by is there twice: {', '.join(names)}; each counts once")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a warning is the traceback of a Ctrl-C
     generator = torch.Generator().manual_seed(SEARCH_SEED)
     sets = [problem.sample(runs, generator=generator) for problem in problems]
 
