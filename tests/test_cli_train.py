@@ -125,6 +125,19 @@ def test_training_starts_from_a_rule(tmp_path: Path) -> None:
         assert run("train", "quadratic", *options, "--resume")[0] == 0
 
 
+def test_training_from_another_rule_is_not_resumed(tmp_path: Path) -> None:
+    """Nor is a search, though the rules have all settings in common."""
+    names = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        CoordinatewiseLSTM(preprocess=None).save(name)
+    for more in ([], ["--search", "1"]):
+        command = ["train", "quadratic", *SMALL, *VALIDATION, *more, "--out", str(tmp_path / f"out{len(more)}")]
+        assert run(*command, "--init-from", names[0])[0] == 0
+        assert "starts_from" in error_of(*command, "--init-from", names[1], "--resume")
+        assert run(*command, "--init-from", names[0], "--resume")[0] == 0
+
+
 def test_a_folder_in_use(tmp_path: Path) -> None:
     command = ["train", "quadratic", *SMALL, *VALIDATION, "--out", str(tmp_path)]
     with hold(tmp_path):

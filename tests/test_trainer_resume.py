@@ -28,7 +28,7 @@ from trainings import (
 from l2l_fast.meta import MetaTrainer, TrainConfig, TrainEvent
 from l2l_fast.problems import Quadratic
 from l2l_fast.problems.quadratic import QuadraticInstances
-from l2l_fast.rule import CoordinatewiseLSTM
+from l2l_fast.rule import CoordinatewiseLSTM, load_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,16 +195,33 @@ def test_resume_refuses_another_training(tmp_path: Path) -> None:
     MetaTrainer(make_rule(), Quadratic(), replace(SMALL, max_seconds=100.0), folder=tmp_path).fit(resume=True)
 
 
-def test_resume_refuses_another_rule_to_begin_from(tmp_path: Path) -> None:
-    """A fresh one is none: resumed, any other may stand in for it."""
-    MetaTrainer(make_rule(), Quadratic(), SMALL, folder=tmp_path / "fresh").fit()
-    MetaTrainer(make_rule(seed=1), Quadratic(), SMALL, folder=tmp_path / "fresh").fit(resume=True)
-    trained, other = make_rule(), make_rule(seed=1)
-    trained.card = other.card = {"updates": 3}
-    MetaTrainer(trained, Quadratic(), SMALL, folder=tmp_path / "carried").fit()
-    for rule, name in ((other, "sha256"), (make_rule(), "absent")):
-        with pytest.raises(ValueError, match=f"begun_from is .*sha256.* in the checkpoint but .*{name}.* here"):
-            MetaTrainer(rule, Quadratic(), SMALL, folder=tmp_path / "carried").fit(resume=True)
+def test_resume_refuses_a_training_that_started_from_another_rule(tmp_path: Path) -> None:
+    """By what it is told: weights are no measure, for training changes them and a fresh rule may stand in for any."""
+    rule = make_rule()
+    result = MetaTrainer(rule, Quadratic(), SMALL, folder=tmp_path, starts_from="first").fit()
+    assert isinstance(result.best_rule, CoordinatewiseLSTM)
+    assert result.best_rule.card["starts_from"] == "first"
+    for other, found in (("second", "'second'"), (None, "'absent'")):
+        with pytest.raises(ValueError, match=f"starts_from is 'first' in the checkpoint but {found} here"):
+            MetaTrainer(rule, Quadratic(), SMALL, folder=tmp_path, starts_from=other).fit(resume=True)
+    MetaTrainer(make_rule(seed=1), Quadratic(), SMALL, folder=tmp_path, starts_from="first").fit(resume=True)
+
+
+@pytest.mark.parametrize("again", ["same", "best", "other"])
+def test_any_rule_of_its_kind_is_resumed_into(tmp_path: Path, again: str) -> None:
+    rule = load_rule("quadratic")
+    config = replace(SMALL, updates=6)
+    MetaTrainer(rule, Quadratic(), config, folder=tmp_path / "whole").fit()
+    (tmp_path / "cut").mkdir()
+    rule = load_rule("quadratic")
+    with pytest.raises(Stop):
+        MetaTrainer(rule, Quadratic(), config, folder=tmp_path / "cut").fit(on_update=stop_after(3))
+    if again == "best":
+        rule = CoordinatewiseLSTM.load(tmp_path / "cut" / "best.safetensors")
+    elif again == "other":
+        rule = CoordinatewiseLSTM(rule.spec.hidden_size, rule.spec.preprocess, rule.spec.output_scale)
+    MetaTrainer(rule, Quadratic(), config, folder=tmp_path / "cut").fit(resume=True)
+    assert_same_training(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_resume_refuses_a_damaged_or_foreign_file(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from l2l_fast.meta import diagnose as diagnose_rule
 from l2l_fast.meta import tensorboard as write_tensorboard
 from l2l_fast.meta.distributed import Team, launched, process_group, restarted
 from l2l_fast.meta.folder import BEST, CHECKPOINT
+from l2l_fast.prepared import fingerprint
 from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import LogAndSign, RuleSpec
 
@@ -230,7 +231,11 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Carry on from the checkpoint in the folder.", rich_help_panel=_VALIDATION),
+        typer.Option(
+            "--resume",
+            help="Carry on from the checkpoint in the folder, with the same options.",
+            rich_help_panel=_VALIDATION,
+        ),
     ] = False,
     max_seconds: Annotated[
         float | None, typer.Option(help="Stop after so many seconds.", rich_help_panel=_VALIDATION)
@@ -319,7 +324,9 @@ def train(
     def make_rule() -> CoordinatewiseLSTM:
         return initial_rule(init_from, preprocess, p, output_scale, hidden_size, seed).to(place)
 
-    check_usable(make_rule(), known_problem, config, known_teacher)  # before there is a folder
+    first_rule = make_rule()
+    starts_from = None if init_from is None else fingerprint(first_rule)
+    check_usable(first_rule, known_problem, config, known_teacher)  # before there is a folder
     path = Path("runs") / folder_name(name) if out is None else out
     write_curves = write_tensorboard(path / TENSORBOARD) if tensorboard else None
     folder = prepare_folder(path)
@@ -332,12 +339,14 @@ def train(
             if search is not None:
                 remake = partial(make_problem, name, settings)
                 found = training.search_lr(
-                    known_problem, make_rule, config, folder, search, jobs, remake, teacher=known_teacher
+                    known_problem, make_rule, config, folder, search, jobs, remake, known_teacher, starts_from
                 )
                 console.print(tables.search_table(found))
                 config = replace(config, lr=found.best_lr)
                 resume = resume and (folder / CHECKPOINT).exists()
-            trainer = MetaTrainer(make_rule(), known_problem, config, teacher=known_teacher, folder=folder)
+            trainer = MetaTrainer(
+                make_rule(), known_problem, config, teacher=known_teacher, folder=folder, starts_from=starts_from
+            )
             result = training.fit(trainer, resume=resume, on_update=write_curves)
         except KeyboardInterrupt:
             if team.leads:

@@ -145,8 +145,13 @@ def reproduce(recipe: Recipe, seed: int, folder: Path) -> CoordinatewiseLSTM:
     Raises:
         BlockingIOError: if another training is at work in the folder.
         OSError: if it can't be written.
-        ValueError: if the folder holds another training, or one from another seed.
+        ValueError: if the folder holds another training, one from another seed, or the second part of one alone.
     """
+    if (folder / REFINED / CHECKPOINT).exists() and not (folder / CHECKPOINT).exists():
+        raise ValueError(
+            f"{folder / REFINED} holds the second part of a training whose first part is gone from {folder}; delete "
+            "it, or name another folder"
+        )
     problem, config = PROBLEMS[recipe.problem](), replace(recipe.config, seed=seed)
     best = _trained(_fresh(recipe, seed), problem, config, folder, recipe.name, recipe.teacher)
     if recipe.refinement is not None:

@@ -95,6 +95,7 @@ def search_lr(
     jobs: int = 1,
     make_problem: Callable[[], Problem] | None = None,
     teacher: Teacher | None = None,
+    starts_from: str | None = None,
 ) -> SearchResult:
     """:func:`l2l_fast.meta.search` with a progress bar; trials in ``folder/search.db`` are not made again.
 
@@ -115,6 +116,7 @@ def search_lr(
             config,
             trials,
             teacher=teacher,
+            starts_from=starts_from,
             seed=config.seed,
             storage=f"sqlite:///{folder / SEARCH}",
             jobs=jobs,

@@ -16,7 +16,6 @@ from l2l_fast.files import load_tensors, save_atomically
 from l2l_fast.meta.config import FREE_FIELDS, TrainConfig
 from l2l_fast.meta.distributed import job
 from l2l_fast.meta.log import LogRow
-from l2l_fast.prepared import fingerprint
 from l2l_fast.rule import CoordinatewiseLSTM
 
 FORMAT = "l2l_fast.checkpoint.v2"
@@ -59,7 +58,13 @@ class Progress:
         return cls(**values, history=history)
 
 
-def describe(rule: nn.Module, problem: object, config: TrainConfig, teacher: object | None = None) -> dict[str, Any]:
+def describe(
+    rule: nn.Module,
+    problem: object,
+    config: TrainConfig,
+    teacher: object | None = None,
+    starts_from: str | None = None,
+) -> dict[str, Any]:
     """What training is about, as JSON-compatible values: two trainings with the same description are the same."""
     if isinstance(rule, CoordinatewiseLSTM):
         about_rule: dict[str, Any] = {"type": type(rule).__name__, **rule.spec.to_dict()}
@@ -69,9 +74,8 @@ def describe(rule: nn.Module, problem: object, config: TrainConfig, teacher: obj
             "weights": {name: list(tensor.shape) for name, tensor in rule.state_dict().items()},
         }
     about = {"rule": about_rule, "problem": describe_problem(problem), "config": config.to_dict()}
-    if isinstance(rule, CoordinatewiseLSTM) and rule.card:
-        # Without a card it is fresh, and what is carried on may be put into any fresh rule.
-        about["begun_from"] = fingerprint(rule)
+    if starts_from is not None:
+        about["starts_from"] = starts_from
     if teacher is not None:
         # The repr of a function holds an address, which differs from process to process.
         about["teacher"] = getattr(teacher, "__qualname__", None) or describe_problem(teacher)

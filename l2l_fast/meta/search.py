@@ -48,6 +48,7 @@ def search(
     trials: int,
     *,
     teacher: Teacher | None = None,
+    starts_from: str | None = None,
     low: float = 1e-3,
     high: float = 1e-1,
     seed: int = 0,
@@ -68,6 +69,7 @@ def search(
         config: settings of each training; its ``lr`` is replaced.
         trials: trainings in all, those already in ``storage`` included.
         teacher: of every trial, see :class:`MetaTrainer`.
+        starts_from: what the rule of a trial was trained as before; ``storage`` keeps it, and no trials of another.
         low, high: range of learning rates.
         seed: fixes which learning rates are tried.
         storage: optuna storage, such as ``"sqlite:///search.db"``, to keep trials in and to carry on from.
@@ -96,7 +98,7 @@ def search(
     except ImportError as error:
         raise ImportError("the learning-rate search needs optuna; install l2l_fast[cli]") from error
     study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)
-    about = _about(describe(make_rule(), problem, config, teacher), low, high, seed)
+    about = _about(describe(make_rule(), problem, config, teacher, starts_from), low, high, seed)
     if study.user_attrs.setdefault("about", about) != about:
         raise ValueError(f"{storage} holds trials of another search: {study.user_attrs['about']}; use another storage")
     study.set_user_attr("about", about)

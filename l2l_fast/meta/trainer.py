@@ -77,6 +77,8 @@ class MetaTrainer:
             ``None`` trains by backpropagation through the losses.
         folder: where to keep ``checkpoint.safetensors``, ``log.csv``, ``summary.json`` and, of a
             :class:`CoordinatewiseLSTM`, ``best.safetensors`` (a rule file); made if need be. ``None`` keeps nothing.
+        starts_from: what the rule was trained as before, in a word such as the name of its file. The card tells it, and
+            a checkpoint of a training that started from something else is not resumed. ``None`` names nothing.
 
     Attributes:
         config: the settings, with a number for ``validation_functions``.
@@ -97,6 +99,7 @@ class MetaTrainer:
         *,
         teacher: Teacher | None = None,
         folder: str | os.PathLike[str] | None = None,
+        starts_from: str | None = None,
     ) -> None:
         if not isinstance(rule, nn.Module):
             raise TypeError(f"rule must be a module, got {type(rule).__name__}")
@@ -117,7 +120,7 @@ class MetaTrainer:
         self._team = Team(self._device)
         shares = self._team.share(self.config.shards)
         # Taken now: a problem may change while it is sampled from.
-        self._about = checkpoint.describe(rule, problem, self.config, teacher)
+        self._about = checkpoint.describe(rule, problem, self.config, teacher, starts_from)
         if self.config.cuda_graph:
             self._team.together(lambda: check_graph(rule, problem))
         if self.config.validation_functions is None:
@@ -145,7 +148,7 @@ class MetaTrainer:
             best.card = {
                 "problem": self._about["problem"],
                 "config": self._about["config"],
-                **({"teacher": self._about["teacher"]} if "teacher" in self._about else {}),
+                **{name: self._about[name] for name in ("teacher", "starts_from") if name in self._about},
                 "updates": self._progress.best_update,
                 "validation_loss": _finite_or_none(self._progress.best_validation_loss),
             }
