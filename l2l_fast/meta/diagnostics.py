@@ -74,12 +74,11 @@ class Diagnosis:
         first, last = self.losses[0].item(), self.losses[-1].item()
         if not self.losses.isfinite().all():
             return ["The runs diverge to values that are not finite: try a smaller output_scale or a lower lr."]
+        seen = f"{first:.5g} at the start, {last:.5g} at the end"
+        if last >= first:
+            return [f"The loss does not fall: {seen}."]
         if first - last < _LITTLE_FALL * abs(first):
-            how = "hardly falls" if last < first else "does not fall"
-            return [
-                f"The loss {how}: {first:.5g} at the start, {last:.5g} at the end. "
-                "That is normal before training; afterwards, train longer or with another lr."
-            ]
+            return [f"The loss hardly falls: {seen}. After training, train longer or with another lr."]
         return []
 
     def _about_updates(self) -> list[str]:
