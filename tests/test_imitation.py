@@ -294,11 +294,10 @@ def test_steps_of_the_hand_made_teacher_stay_finite(power: float, dtype: torch.d
     assert moved[3] < 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_steps_of_the_hand_made_teacher_in_half_precision(dtype: torch.dtype) -> None:
+def test_steps_of_the_hand_made_teacher_in_half_precision() -> None:
     """With squares that only wider numbers can hold."""
     settings = PowerMomentum(0.1, 0.9, 4.0, 0.7, 0.8, agreement=1.5, decay=0.0, decay_time=1.0)
-    grads = torch.tensor([[300.0, 1e-3, 2e-4, -1e-5]], dtype=dtype).expand(6, -1)
+    grads = torch.tensor([[300.0, 1e-3, 2e-4, -1e-5]], dtype=torch.float16).expand(6, -1)
     torch.testing.assert_close(
         _descended(settings, grads).double(), _descended(settings, grads.double()), rtol=0.02, atol=0
     )

@@ -92,10 +92,7 @@ def search_teacher(
             callbacks=[lambda study, trial: advance(note=f"best {study.best_value:.3f}")],
         )
     if not math.isfinite(study.best_value):
-        raise ValueError(
-            f"none of {len(study.trials)} trials had losses that are finite and positive; look at the problem, or try "
-            "more"
-        )
+        raise ValueError("no trial had losses that are finite and positive; look at the problem, or make more trials")
     found = _suggest(optuna.trial.FixedTrial(study.best_params))
     write_json(folder / TEACHER, asdict(found))
     return found
