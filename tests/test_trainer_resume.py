@@ -212,7 +212,6 @@ def test_any_rule_of_its_kind_is_resumed_into(tmp_path: Path, again: str) -> Non
     rule = load_rule("quadratic")
     config = replace(SMALL, updates=6)
     MetaTrainer(rule, Quadratic(), config, folder=tmp_path / "whole").fit()
-    (tmp_path / "cut").mkdir()
     rule = load_rule("quadratic")
     with pytest.raises(Stop):
         MetaTrainer(rule, Quadratic(), config, folder=tmp_path / "cut").fit(on_update=stop_after(3))

@@ -76,18 +76,18 @@ def figure(
 
 def _figure_4(quadratics: Comparison, comparison: Comparison, network: ImageClassifier, folder: Path) -> None:
     """Without the images, or with damaged ones, only the left panel is drawn, before the error says so."""
-    missing: OSError | ValueError | None = None
+    unusable: OSError | ValueError | None = None
     try:
         load(network.dataset)
     except (OSError, ValueError) as error:
-        missing = error
+        unusable = error
     panels = networks.quadratic_panels(quadratics)
     others = {}
-    if missing is None:
+    if unusable is None:
         panels |= networks.network_panels(comparison, network)
         others["carried_on_tuned"] = networks.tuned_for_longer(comparison, network, panels["carried_on"].evaluation)
     for evaluation in (*(panel.evaluation for panel in panels.values()), *others.values()):
         print_evaluation(evaluation)
     print_written(*networks.write_curves_figure(folder, "4", panels, others))
-    if missing is not None:
-        raise OSError(f"only the left panel was drawn: {missing}") from missing
+    if unusable is not None:
+        raise OSError(f"only the left panel was drawn: {unusable}") from unusable
