@@ -19,6 +19,8 @@ STEP_SIZES = (1_000, 10_000, 100_000)
 META_SIZES = (1_000, 10_000, 100_000)
 META_STEPS = 20
 CHECKED = 1_000
+# Down to where everything that the backward multiplies is subnormal; they shall take the same time.
+MAGNITUDES = (1e-2, 1e-22, 1e-38, 0.0)
 
 
 def _gradients(rule: CoordinatewiseLSTM) -> Tensor:
@@ -90,6 +92,24 @@ def test_meta_step_cpu(benchmark: Any, rule: CoordinatewiseLSTM, instruction_set
     macs = MACS_FORWARD + MACS_BACKWARD + (MACS_FORWARD if part == "meta-step" else 0)
     run = meta_step if part == "meta-step" else backward
     report(benchmark, n, run, steps=META_STEPS, macs=macs, rounds=5 if n > 10_000 else 0)
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+def test_unroll_backward_of_small_gradients(
+    benchmark: Any, rule: CoordinatewiseLSTM, instruction_set: str, magnitude: float
+) -> None:
+    n = 4_000
+    benchmark.group = f"unroll backward by magnitude of the gradients n={n} T={META_STEPS}"
+    backend, weights, loss_weights = get("cpu"), rule.flat_weights().detach(), torch.ones(META_STEPS + 1)
+    grads = magnitude * torch.randn(META_STEPS + 1, n)
+
+    def run() -> Tensor:
+        return backend.unroll_backward(rule.spec, weights, grads, loss_weights, None)[0]
+
+    if not magnitude:
+        assert run().count_nonzero() == 0
+    report(benchmark, n, run, steps=META_STEPS, macs=MACS_FORWARD + MACS_BACKWARD)
 
 
 @pytest.mark.parametrize("n", META_SIZES)

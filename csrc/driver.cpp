@@ -7,6 +7,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "subnormals.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -108,6 +110,7 @@ void step(const StepArgs& args, int64_t count, int threads) {
   [[maybe_unused]] const int workers = static_cast<int>(parts);
 #pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
   for (int64_t part = 0; part < parts; part++) {
+    const SubnormalsAreZero here;
     const int64_t begin = tiles * part / parts, end = tiles * (part + 1) / parts;
     const StepTensor* tensor = std::upper_bound(args.tensors, args.tensors + count, begin,
                                                 [](int64_t tile, const StepTensor& t) { return tile < t.first_tile; });
@@ -121,7 +124,10 @@ void forward(const ForwardArgs& args, int threads) {
   const int64_t parts = threads_for(tiles, threads);
   [[maybe_unused]] const int workers = static_cast<int>(parts);
 #pragma omp parallel for num_threads(workers) schedule(static) if (workers > 1)
-  for (int64_t part = 0; part < parts; part++) k.forward(args, tiles * part / parts, tiles * (part + 1) / parts);
+  for (int64_t part = 0; part < parts; part++) {
+    const SubnormalsAreZero here;
+    k.forward(args, tiles * part / parts, tiles * (part + 1) / parts);
+  }
 }
 
 void backward(const BackwardArgs& args, int features, float* d_weights, int threads) {
@@ -138,6 +144,7 @@ void backward(const BackwardArgs& args, int features, float* d_weights, int thre
   const auto scratch = aligned<float>(scratch_size * static_cast<size_t>(workers));
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
+    const SubnormalsAreZero here;
     // The first idle worker takes the next chunk; which one does changes no bit of the result.
     int worker = 0;
 #ifdef _OPENMP
@@ -149,6 +156,7 @@ void backward(const BackwardArgs& args, int features, float* d_weights, int thre
                  sums.data() + static_cast<size_t>(i) * k.sums);
   }
 
+  const SubnormalsAreZero here;
   std::vector<double> total(k.sums, 0.0), flat(kFlat, 0.0);
   for (int64_t i = 0; i < chunks; i++)
     for (size_t j = 0; j < k.sums; j++) total[j] += sums[static_cast<size_t>(i) * k.sums + j];

@@ -171,9 +171,9 @@ L2L_INLINE float from_f16(uint16_t x) {
   const uint32_t magnitude = x & 0x7fff;
   if (magnitude >= 0x7c00)  // infinity, NaN
     return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00 ? 0x400000 : 0));
-  // Multiplying by 2^112 moves the exponent's bias and normalises denormals.
-  const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000);
-  return bits_to_float(sign | float_to_bits(scaled));
+  if (magnitude < 0x400)
+    return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 0x1p-24f));  // denormal
+  return bits_to_float(sign | ((magnitude << 13) + 0x38000000));  // the exponent's bias is 112 larger
 }
 L2L_INLINE uint16_t to_f16(float x) {  // to nearest even
   const uint32_t bits = float_to_bits(x);

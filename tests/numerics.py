@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 EPSILON = torch.finfo(torch.float32).eps
+# Subnormal operands and results may count as zero: what a sum of a thousand of them may lack.
+FLUSHED = 1000 * torch.finfo(torch.float32).tiny
 
 
 def _first(mask: Tensor) -> tuple[int, ...]:
@@ -54,7 +56,7 @@ def assert_as_good_as_eager(name: str, actual: Tensor, eager32: Tensor, exact64:
     error = torch.where(finite, (actual - exact64).abs(), 0.0)
     eager_error = torch.where(finite, (eager32 - exact64).abs(), 0.0)
     scale = torch.where(finite, exact64.abs(), 0.0).max().item()
-    bound = factor * eager_error.max().item() + EPSILON * scale
+    bound = factor * eager_error.max().item() + EPSILON * scale + FLUSHED
     if error.max().item() > bound:
         at = _first(error == error.max())
         raise AssertionError(
