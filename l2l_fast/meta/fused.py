@@ -17,7 +17,7 @@ from l2l_fast.meta.objective import MetaLoss
 from l2l_fast.meta.point import Point
 from l2l_fast.meta.sampling import sample_coordinates
 from l2l_fast.meta.second_order import Optimizee, Recorder, Walk, second_order_loss
-from l2l_fast.problems import Instances, Replayable
+from l2l_fast.problems import HeldOut, Instances, Replayable
 from l2l_fast.rule import CoordinatewiseLSTM
 
 
@@ -69,6 +69,7 @@ class FusedUnroll:
         grads: Tensor | None,
         before_step: Callable[[int, Tensor, Tensor], None],
         step: Callable[[int, Tensor, Tensor], None] | None = None,
+        outer: Callable[[int, Point], Tensor] | None = None,
     ) -> Rollout:
         """Take the steps.
 
@@ -76,6 +77,9 @@ class FusedUnroll:
             grads: ``[steps + 1, N]``, filled with the gradient at every point; ``None`` keeps none, and takes none at
                 the last point.
             before_step: called with the number of each step, the point and the packed state before it.
+            outer: called with the number of each point and the point, for the losses ``[batch]`` that count there;
+                ``None`` takes those whose gradients the rule is fed. No gradient is taken of them at the last point
+                otherwise.
             step: called with the number of each step, the point and the gradient there, to move the point in place;
                 ``None`` takes the rule's steps.
         """
@@ -89,16 +93,19 @@ class FusedUnroll:
         with torch.enable_grad():
             for t in range(steps):
                 before_step(t, theta, packed)
-                losses.append(point.evaluate(loss, out=rows[t]))
+                inner = point.evaluate(loss, out=rows[t])
+                losses.append(inner if outer is None else outer(t, point))
                 if step is None:
                     chosen.step_(spec, prepared, [theta], [rows[t]], [packed])
                 else:
                     step(t, theta, rows[t])
-            if grads is not None:
+            if outer is not None:
+                losses.append(outer(steps, point))
+            elif grads is not None:
                 losses.append(point.evaluate(loss, out=rows[steps]))
-        if grads is None:
-            with torch.no_grad():
-                losses.append(loss(point.params))
+            else:
+                with torch.no_grad():
+                    losses.append(loss(point.params))
         return Rollout(torch.stack(losses), theta, packed)
 
     def replay(self, steps: int, grads: Tensor, graph: StepGraph) -> Rollout:
@@ -124,9 +131,21 @@ class FusedUnroll:
             return theta, self.backend.init_state(layout.n, spec, layout.dtype, layout.device)
         return theta, self.backend.pack_state(self.state.detach(), layout.dtype)
 
+    def _outer(self, rows: Tensor | None) -> Callable[[int, Point], Tensor] | None:
+        """The losses on held-out data for :meth:`roll`, their gradients written to ``rows [T + 1, N]``."""
+        if not isinstance(self.instances, HeldOut):
+            return None
+        loss = partial(self.instances.outer_loss, generator=self.generator)
+
+        def without_gradient(t: int, point: Point) -> Tensor:
+            with torch.no_grad():
+                return loss(point.params)
+
+        return without_gradient if rows is None else lambda t, point: point.evaluate(loss, out=rows[t])
+
     def forward_only(self, steps: int, meta_loss: MetaLoss) -> tuple[Tensor, Rollout]:
         """Meta-loss and run, where no meta-gradient is wanted."""
-        run = self.roll(steps, None, lambda t, theta, packed: None)
+        run = self.roll(steps, None, lambda t, theta, packed: None, outer=self._outer(None))
         return meta_loss.value(run.losses), run
 
     def first_order(
@@ -134,11 +153,13 @@ class FusedUnroll:
     ) -> tuple[Tensor, Rollout]:
         """Meta-loss and run, its steps taken by ``graph`` if there is one; the backward of all steps is one call."""
         grads = self.start.new_empty(steps + 1, self.layout.n)
+        outer = torch.empty_like(grads) if isinstance(self.instances, HeldOut) else None
         if graph is None:
-            run = self.roll(steps, grads, lambda t, theta, packed: None)
+            run = self.roll(steps, grads, lambda t, theta, packed: None, outer=self._outer(outer))
         else:
             run = self.replay(steps, grads, graph)
-        loss, d_points, state = meta_loss.value(run.losses), self._d_points(grads, run.losses, meta_loss), self.state
+        loss, state = meta_loss.value(run.losses), self.state
+        d_points = self._d_points(grads, outer, run.losses, meta_loss)
         if coordinate_fraction < 1:
             every = grads if d_points is None else d_points
             index, factor = sample_coordinates(every, meta_loss.weights, coordinate_fraction, self.generator)
@@ -153,12 +174,13 @@ class FusedUnroll:
     def second_order(self, steps: int, meta_loss: MetaLoss, slope_floor: float) -> tuple[Tensor, Rollout]:
         """Meta-loss and run; the backward walks back step by step, and asks the instances for curvature."""
         layout, grads = self.layout, self.start.new_empty(steps + 1, self.layout.n)
+        outer = torch.empty_like(grads) if isinstance(self.instances, HeldOut) else None
         if self.generator is None:
             # One whose states can be kept; the global one may be in use elsewhere when the minibatches are drawn again.
             seed = int(torch.randint(2**62, (), device="cpu"))
             self.generator = torch.Generator().manual_seed(seed)
         recorder = Recorder(steps, self.start, self.generator)
-        run = self.roll(steps, grads, recorder.record)
+        run = self.roll(steps, grads, recorder.record, outer=self._outer(outer))
         optimizee = Optimizee(self.instances, layout, self.generator.device, recorder.generator_states)
         loss_weights = (meta_loss.weights / layout.batch).tolist()
         loss = second_order_loss(
@@ -169,17 +191,21 @@ class FusedUnroll:
             self.state,
             recorder.points,
             grads,
-            self._d_points(grads, run.losses, meta_loss),
+            self._d_points(grads, outer, run.losses, meta_loss),
             recorder.checkpoints,
         )
         return loss, run
 
-    def _d_points(self, grads: Tensor, losses: Tensor, meta_loss: MetaLoss) -> Tensor | None:
-        """``[T + 1, N]``, or ``None`` if they are the gradients."""
+    def _d_points(self, grads: Tensor, outer: Tensor | None, losses: Tensor, meta_loss: MetaLoss) -> Tensor | None:
+        """``[T + 1, N]``, or ``None`` if they are the gradients ``grads`` that the rule was fed.
+
+        Args:
+            outer: gradients of the losses on held-out data, overwritten; ``None`` where there are none.
+        """
         slopes = meta_loss.slopes(losses)
         if slopes is None:
-            return None
-        d_points = torch.empty_like(grads)
-        for d_point, grad, slope in zip(d_points, grads, slopes, strict=True):
+            return outer
+        d_points = torch.empty_like(grads) if outer is None else outer
+        for d_point, grad, slope in zip(d_points, grads if outer is None else outer, slopes, strict=True):
             torch.mul(grad, self.layout.spread(slope), out=d_point)
         return d_points

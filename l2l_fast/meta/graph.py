@@ -16,7 +16,7 @@ from l2l_fast.backends import Backend
 from l2l_fast.meta.checkpoint import describe_problem
 from l2l_fast.meta.layout import Layout
 from l2l_fast.meta.point import Point
-from l2l_fast.problems import Instances, Problem, Replayable
+from l2l_fast.problems import HeldOut, Instances, Problem, Replayable
 from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import RuleSpec
 
@@ -175,6 +175,10 @@ def check_capturable(rule: nn.Module, instances: Instances) -> None:
         raise TypeError(
             f"{type(instances).__name__} has no methods draw and loss_of (see l2l_fast.problems.Replayable), which a "
             "CUDA graph needs; leave cuda_graph out"
+        )
+    if isinstance(instances, HeldOut):
+        raise TypeError(
+            f"{type(instances).__name__} has losses on held-out data, which no CUDA graph holds; leave cuda_graph out"
         )
 
 

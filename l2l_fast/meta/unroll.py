@@ -13,7 +13,7 @@ from l2l_fast.meta.fused import FusedUnroll
 from l2l_fast.meta.graph import StepGraph, check_capturable
 from l2l_fast.meta.layout import Layout
 from l2l_fast.meta.objective import MetaLoss, Objective, as_meta_loss
-from l2l_fast.problems import Instances
+from l2l_fast.problems import HeldOut, Instances
 from l2l_fast.rule import CoordinatewiseLSTM
 from l2l_fast.spec import LogAndSign
 
@@ -58,6 +58,8 @@ def unroll(
     with a :class:`CoordinatewiseLSTM` nothing of the instances' graphs is kept then, only ``steps + 1``
     gradients, and not even these if no meta-gradient is wanted (under ``torch.no_grad()``, say).
     With second derivatives the backward computes the instances' losses again, on the same minibatches.
+
+    Where instances have held-out data (:class:`l2l_fast.problems.HeldOut`), ``f`` is their loss on those.
 
     Args:
         rule: a :class:`CoordinatewiseLSTM`, or any module with ``init_state(n) -> Tensor`` and
@@ -147,11 +149,15 @@ def _stepwise(
         tracked = theta.requires_grad  # false until the first update that the meta-gradient reaches
         with torch.enable_grad():
             point = theta if tracked else theta.detach().requires_grad_()
-            loss = instances.loss(layout.views(point), generator=generator)
-            layout.check_losses(loss)
+            if t < steps or not isinstance(instances, HeldOut):
+                loss = instances.loss(layout.views(point), generator=generator)
+                layout.check_losses(loss)
             if t < steps:
                 create_graph = second_derivatives and tracked
                 (grad,) = torch.autograd.grad(loss, point, ones, retain_graph=tracked, create_graph=create_graph)
+            if isinstance(instances, HeldOut):
+                loss = instances.outer_loss(layout.views(point), generator=generator)
+                layout.check_losses(loss)
         if tracked:
             term = meta_loss.term(t, loss)
             total = term if total is None else total + term

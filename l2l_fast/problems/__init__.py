@@ -44,6 +44,17 @@ class Evaluates(Protocol):
 
 
 @runtime_checkable
+class HeldOut(Protocol):
+    """Instances whose losses that count are on other data than the gradients that a rule is fed."""
+
+    def outer_loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+        """Loss of every instance ``[batch]``, on a minibatch of held-out data; otherwise as ``loss``.
+
+        Meta-training minimises this one, and ``losses`` of an unroll are these.
+        """
+
+
+@runtime_checkable
 class Replayable(Protocol):
     """Instances whose losses a CUDA graph can hold: first all is drawn that differs from one call to the next."""
 

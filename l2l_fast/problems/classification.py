@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from l2l_fast.datasets import DATASETS, Dataset, load
 
 Activation = Literal["sigmoid", "relu", "tanh", "elu"]
-Split = Literal["train", "test"]
+Split = Literal["train", "held_out", "test"]
 
 EVALUATED_IMAGES = 8192
 
@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageClassifier:
     """Train a multi-layer perceptron on images: cross-entropy on minibatches drawn with replacement.
 
@@ -40,6 +40,8 @@ class ImageClassifier:
         minibatch: images in a minibatch.
         init_std: standard deviation of the iid Gaussian that all weights and biases start from. The paper gives
             none; 0.01 is that of the code published with it.
+        held_out: share of the training images, the last ones, that networks are not trained on: the loss that
+            counts in meta-training and validation is on those, so that a rule learns not to overfit. 0 keeps none.
 
     Raises:
         ValueError, TypeError: if a setting has no meaning.
@@ -52,6 +54,7 @@ class ImageClassifier:
     activation: Activation = "sigmoid"
     minibatch: int = 128
     init_std: float = 0.01
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
@@ -69,6 +72,15 @@ class ImageClassifier:
             raise TypeError(f"init_std must be a number, got {self.init_std!r}")
         if not (math.isfinite(self.init_std) and self.init_std > 0):
             raise ValueError(f"init_std must be finite and positive, got {self.init_std}")
+        if isinstance(self.held_out, bool) or not isinstance(self.held_out, int | float):
+            raise TypeError(f"held_out must be a number, got {self.held_out!r}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be a share of the images, at least 0 and below 1, got {self.held_out}")
+
+    def __repr__(self) -> str:
+        # As before there were held-out images, for the checkpoints of then.
+        shown = [setting.name for setting in fields(self) if setting.name != "held_out" or self.held_out]
+        return f"ImageClassifier({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def sample(
         self,
@@ -85,7 +97,8 @@ class ImageClassifier:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        return ImageClassifierInstances(self, load(self.dataset), batch_size, device)
+        instances = HeldOutClassifierInstances if self.held_out else ImageClassifierInstances
+        return instances(self, load(self.dataset), batch_size, device)
 
 
 class ImageClassifierInstances:
@@ -102,7 +115,7 @@ class ImageClassifierInstances:
         self.problem = problem
         self.batch = batch
         self._largest = data.largest
-        self._splits = _splits_on(data, torch.device("cpu" if device is None else device))
+        self._splits = _splits_on(data, torch.device("cpu" if device is None else device), problem.held_out)
         pixels = self._splits["train"][0].shape[1]
         self._widths = (pixels, *problem.hidden, data.classes)
 
@@ -119,34 +132,45 @@ class ImageClassifierInstances:
 
     def loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy ``[batch]`` in nats, each network on a minibatch of its own."""
-        batch = next(iter(params.values())).shape[0]
-        return self.loss_of(params, self._draw(batch, generator))
+        return self._loss_on("train", params, generator)
 
     def draw(self, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Minibatches: indices of images ``{"chosen": [batch, minibatch]}``."""
-        return self._draw(self.batch, generator)
+        return self._draw("train", self.batch, generator)
 
-    def _draw(self, batch: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        images, _ = self._splits["train"]
+    def _loss_on(self, split: Split, params: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensor:
+        batch = next(iter(params.values())).shape[0]
+        return self._loss_of(split, params, self._draw(split, batch, generator))
+
+    def _draw(self, split: Split, batch: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        images, _ = self._splits[split]
         source = "cpu" if generator is None else generator.device
         chosen = torch.randint(len(images), (batch, self.problem.minibatch), generator=generator, device=source)
         return {"chosen": _send(chosen, images.device)}
 
     def loss_of(self, params: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy ``[batch]`` in nats on the minibatches ``drawn``."""
-        images, labels = self._splits["train"]
+        return self._loss_of("train", params, drawn)
+
+    def _loss_of(self, split: Split, params: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> Tensor:
+        images, labels = self._splits[split]
         chosen = drawn["chosen"]
         # Copies whole images, which indexing by a matrix takes ten times as long for.
         rows = images.index_select(0, chosen.view(-1)).view(*chosen.shape, -1)
         return _cross_entropy(self._logits(params, self._pixels(rows, params)), labels[chosen])
 
     @torch.no_grad()
-    def evaluate(self, params: Mapping[str, Tensor], split: Split = "train") -> Tensor:
+    def evaluate(self, params: Mapping[str, Tensor], split: Split | None = None) -> Tensor:
         """Cross-entropy ``[batch]`` on the first 8192 images of a split, the same for every network: free of noise.
+
+        Args:
+            split: ``None`` is what counts: the held-out images, or where there are none those trained on.
 
         Raises:
             ValueError: if there is no such split.
         """
+        if split is None:
+            split = "held_out" if "held_out" in self._splits else "train"
         if split not in self._splits:
             raise ValueError(f"no split {split!r}; there is {', '.join(map(repr, self._splits))}")
         images, labels = (tensor[:EVALUATED_IMAGES] for tensor in self._splits[split])
@@ -171,6 +195,14 @@ class ImageClassifierInstances:
         return x
 
 
+class HeldOutClassifierInstances(ImageClassifierInstances):
+    """Those whose losses that count are on images that they are not trained on."""
+
+    def outer_loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+        """Cross-entropy ``[batch]`` in nats, each network on a minibatch of held-out images of its own."""
+        return self._loss_on("held_out", params, generator)
+
+
 def mnist(**settings: object) -> ImageClassifier:
     """MNIST: by default 784-20-10, sigmoid, minibatches of 128."""
     return ImageClassifier("mnist", **settings)  # type: ignore[arg-type]  # checked at run time
@@ -182,12 +214,18 @@ def digits(**settings: object) -> ImageClassifier:
 
 
 @functools.lru_cache(maxsize=8)
-def _splits_on(data: Dataset, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+def _splits_on(data: Dataset, device: torch.device, held_out: float) -> dict[Split, tuple[Tensor, Tensor]]:
     """Rows of pixels and labels of each split, copied to a device once and not for every run."""
-    return {
-        "train": (data.train_images.flatten(1).to(device), data.train_labels.to(device)),
+    images, labels = data.train_images.flatten(1).to(device), data.train_labels.to(device)
+    splits: dict[Split, tuple[Tensor, Tensor]] = {
+        "train": (images, labels),
         "test": (data.test_images.flatten(1).to(device), data.test_labels.to(device)),
     }
+    if held_out:
+        # The last ones, for images of one hand lie together: among others of that hand they would not be new.
+        kept = len(images) - min(max(1, round(held_out * len(images))), len(images) - 1)
+        splits["train"], splits["held_out"] = (images[:kept], labels[:kept]), (images[kept:], labels[kept:])
+    return splits
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

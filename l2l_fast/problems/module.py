@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-Split = Literal["train", "test"]
+Split = Literal["train", "held_out", "test"]
 ModuleFn = Callable[[], nn.Module]
 LossFn = Callable[[Any, Tensor], Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -31,6 +31,7 @@ def module_problem(
     *,
     minibatch: int = 128,
     test_data: Pair | Dataset[Any] | None = None,
+    held_out_data: Pair | Dataset[Any] | None = None,
 ) -> ModuleProblem:
     """Train a module on a data set; every instance has an initialisation and minibatches of its own.
 
@@ -47,7 +48,9 @@ def module_problem(
         data: training data, ``(inputs [n, ...], targets [n, ...])`` or a map-style data set of such pairs, which is
             read once: random augmentation is drawn once too.
         minibatch: examples in a minibatch, drawn with replacement.
-        test_data: held-out data for ``evaluate(params, "test")``, as ``data``.
+        test_data: data for ``evaluate(params, "test")``, as ``data``.
+        held_out_data: data that modules are not trained on, as ``data``: the loss that counts in meta-training and
+            validation is on those, so that a rule learns not to overfit.
 
     Raises:
         TypeError: if an argument, or what ``module_fn`` or ``loss_fn`` returns, has the wrong kind.
@@ -69,6 +72,8 @@ def module_problem(
     splits = {"train": _load_pair("data", data)}
     if test_data is not None:
         splits["test"] = _load_pair("test_data", test_data)
+    if held_out_data is not None:
+        splits["held_out"] = _load_pair("held_out_data", held_out_data)
     problem = ModuleProblem(module_fn, loss_fn, splits, minibatch)
     _try_alone(problem)
     _try_batched(problem)
@@ -80,7 +85,7 @@ class ModuleProblem:
 
     Args:
         module_fn, loss_fn, minibatch: as there.
-        splits: inputs and targets of ``"train"`` and, if there is held-out data, ``"test"``.
+        splits: inputs and targets of ``"train"`` and, where there are such data, of ``"held_out"`` and ``"test"``.
     """
 
     def __init__(self, module_fn: ModuleFn, loss_fn: LossFn, splits: Mapping[str, Pair], minibatch: int) -> None:
@@ -124,7 +129,8 @@ class ModuleProblem:
         if device not in self._copies:
             self._copies[device] = {name: (x.to(device), y.to(device)) for name, (x, y) in self.splits.items()}
         constants = self.initialise({**self.frozen, **self.buffers}, batch_size, generator, device)
-        return ModuleInstances(self, self._copies[device], constants, batch_size)
+        instances = HeldOutModuleInstances if "held_out" in self.splits else ModuleInstances
+        return instances(self, self._copies[device], constants, batch_size)
 
     def initialise(
         self,
@@ -201,8 +207,11 @@ class ModuleInstances:
         Raises:
             ValueError: if ``params`` are not those of the module, one row for each instance.
         """
+        return self._loss_on("train", params, generator)
+
+    def _loss_on(self, split: Split, params: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensor:
         self._check_params(params)
-        inputs, targets = self._splits["train"]
+        inputs, targets = self._splits[split]
         shape = (self.batch, self.problem.minibatch)
         chosen = torch.randint(len(inputs), shape, generator=generator, device=_source(generator)).to(self._device)
         (seed,) = _draw_seeds(1, generator)
@@ -210,17 +219,22 @@ class ModuleInstances:
             return self._losses(self.problem.training_module, params, inputs[chosen], targets[chosen], 0)
 
     @torch.no_grad()
-    def evaluate(self, params: Mapping[str, Tensor], split: Split = "train") -> Tensor:
+    def evaluate(self, params: Mapping[str, Tensor], split: Split | None = None) -> Tensor:
         """Losses ``[batch]`` on the same 8192 examples of a split (all, if it has fewer) for every module.
 
         In evaluation mode, so without dropout; but normalisation layers that normalise by the minibatch in ``loss``
         do so here, as there are no running statistics.
 
+        Args:
+            split: ``None`` is what counts: the held-out data, or where there are none those trained on.
+
         Raises:
             ValueError: if there is no such split, or ``params`` are not those of the module.
         """
+        if split is None:
+            split = "held_out" if "held_out" in self._splits else "train"
         if split not in self._splits:
-            remedy = "; give module_problem(..., test_data=...)" if split == "test" else ""
+            remedy = f"; give module_problem(..., {split}_data=...)" if split in ("test", "held_out") else ""
             raise ValueError(f"no split {split!r}; there is {', '.join(map(repr, self._splits))}{remedy}")
         self._check_params(params)
         inputs, targets = self._splits[split]
@@ -416,6 +430,14 @@ def _without_addresses(text: str) -> str:
 
 def _format_tensor(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+class HeldOutModuleInstances(ModuleInstances):
+    """Those whose losses that count are on data that they are not trained on."""
+
+    def outer_loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+        """Losses ``[batch]`` in training mode, each module on a minibatch of held-out data of its own."""
+        return self._loss_on("held_out", params, generator)
 
 
 def _format_shapes(shapes: Mapping[str, torch.Size]) -> str:
