@@ -20,6 +20,7 @@ from l2l_fast.spec import Preprocess, RuleSpec
 FORMAT = "l2l_fast.rule.v1"
 
 _DEFAULT = RuleSpec()
+_FRESH_OUTPUT = 0.1  # output weights of a fresh rule, as a part of those of nn.Linear
 
 
 class CoordinatewiseLSTM(nn.Module):
@@ -50,6 +51,12 @@ class CoordinatewiseLSTM(nn.Module):
             [nn.LSTMCell(self.spec.features, hidden_size), nn.LSTMCell(hidden_size, hidden_size)]
         )
         self.output = nn.Linear(hidden_size, 1)
+        with torch.no_grad():
+            # Whatever the gradients, the hidden units of a fresh network are about the same for all coordinates, and so
+            # is its output. A hundred coordinates that feed one unit of a network and all drift one way saturate it
+            # within a few steps, and nothing can be learned from there on.
+            self.output.weight.mul_(_FRESH_OUTPUT)
+            self.output.bias.zero_()
 
     def extra_repr(self) -> str:
         return f"preprocess={self.spec.preprocess}, output_scale={self.spec.output_scale}"

@@ -31,6 +31,7 @@ def test_every_setting_has_an_option(tmp_path: Path) -> None:
         "--objective": "log", "--loss-power": "1.5", "--coordinate-fraction": "0.5", "--warmup": "2", "--clip": "3",
         "--clip-ratio": "4", "--average": "0.9", "--validate-every": "2", "--validation-functions": "5",
         "--checkpoint-every": "1", "--validation-seed": "7", "--validate-by": "run", "--backend": "reference",
+        "--mirrored": "0.3", "--hold": "0.5",
     }  # fmt: skip
     code, _, _ = run("train", "quadratic", *(text for pair in options.items() for text in pair), "--out", tmp_path)
     assert code == 0
@@ -74,10 +75,12 @@ def test_bad_loss_weights(tmp_path: Path, options: list[str], message: str) -> N
 
 
 def test_no_clipping_and_no_truncation(tmp_path: Path) -> None:
-    options = ["--updates", "1", "--horizon", "7", "--batch-size", "2", *VALIDATION, "--clip", "0", "--untruncated"]
+    options = ["--updates", "1", "--horizon", "7", "--batch-size", "2", *VALIDATION, "--untruncated"]
+    options += ["--clip-ratio", "0", "--average", "0"]
     assert run("train", "quadratic", *options, "--out", tmp_path)[0] == 0
     found = config_of(tmp_path)
-    assert (found["clip"], found["truncation"], found["horizon"]) == (None, 7, 7)
+    assert (found["clip"], found["clip_ratio"], found["average"]) == (None, None, None)
+    assert (found["truncation"], found["horizon"]) == (7, 7)
     message = error_of("train", "quadratic", *options, "--truncation", "7", "--out", tmp_path / "other")
     assert "--untruncated and --truncation are two ways to say the same" in message
 

@@ -114,13 +114,16 @@ def test_loss_weights_are_those_of_the_run() -> None:
     assert [loss > 0 for loss in losses] == [False, False, True] * 4
 
 
-def test_learning_rate_decays_to_its_fraction() -> None:
+@pytest.mark.parametrize(("hold", "held"), [(0.0, 1), (0.5, 6), (1.0, 12)])
+def test_learning_rate_stays_and_then_falls_to_its_fraction(hold: float, held: int) -> None:
     rates: list[float] = []
-    config = replace(SMALL, lr=0.1, final_lr_fraction=0.01)
+    config = replace(SMALL, lr=0.1, hold=hold, final_lr_fraction=0.01)
     MetaTrainer(make_rule(), Quadratic(), config).fit(on_update=lambda event: rates.append(event.lr))
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[-1] == pytest.approx(0.001)
-    assert all(after < before for before, after in pairwise(rates))
+    assert len(rates) == 12
+    assert rates[:held] == pytest.approx([0.1] * held)
+    assert all(after < before for before, after in pairwise(rates[held - 1 :]))
+    if hold < 1:
+        assert rates[-1] == pytest.approx(0.001)
 
 
 def test_clip_bounds_the_gradient() -> None:
@@ -195,6 +198,7 @@ class LedgeProblem(SquareProblem):
 
 def test_nothing_but_skipped_updates_is_an_error() -> None:
     config = replace(SMALL, updates=1000)
+    assert config.batch_size is not None
     with pytest.raises(FloatingPointError, match=r"100 meta-updates in a row.*lower lr"):
         MetaTrainer(make_rule(), LedgeProblem(config.batch_size), config).fit()
     with pytest.raises(FloatingPointError, match=r"100 meta-updates in a row.*already at the starting points"):

@@ -30,7 +30,7 @@ from l2l_fast.problems import Quadratic
 from l2l_fast.problems.classification import digits
 from l2l_fast.rule import CoordinatewiseLSTM
 
-WHOLE = replace(SMALL, truncation=SMALL.horizon)
+WHOLE = replace(SMALL, truncation=SMALL.horizon, mirrored=0.0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,6 +44,7 @@ def events_of(config: TrainConfig, problem: Any = None) -> list[TrainEvent]:
 def first_losses(config: TrainConfig) -> Tensor:
     """``[horizon + 1]``, mean losses of the run that the first update is made from."""
     generator = torch.Generator().manual_seed(config.seed)
+    assert config.batch_size is not None
     instances = Quadratic().sample(config.batch_size, generator=generator)
     with torch.no_grad():
         run = unroll(make_rule(), instances, config.horizon, generator=generator)
@@ -126,7 +127,7 @@ def test_clip_ratio_bounds_the_gradient_by_those_before(clip: float | None) -> N
 
 
 def test_warmup() -> None:
-    rates = [event.lr for event in events_of(replace(SMALL, warmup=3, lr=0.1, final_lr_fraction=0.5))]
+    rates = [event.lr for event in events_of(replace(SMALL, warmup=3, lr=0.1, hold=0.0, final_lr_fraction=0.5))]
     decay = 0.5 ** (1 / 11)
     expected = [0.1 * min(1, (update + 1) / 4) * decay**update for update in range(12)]
     assert rates == pytest.approx(expected)
@@ -186,12 +187,15 @@ class WideProblem:
         return Wide(batch_size, self.size)
 
 
-@pytest.mark.parametrize(("size", "functions"), [(1, 1024), (1953, 1024), (20_000, 100), (3_000_000, 4)])
-def test_validation_is_as_large_as_can_be_afforded(size: int, functions: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "batch", "functions"),
+    [(1, 16, 1024), (256, 16, 1024), (1953, 2, 1024), (20_000, 1, 100), (3_000_000, 1, 4)],
+)
+def test_batches_are_as_large_as_can_be_afforded(size: int, batch: int, functions: int) -> None:
     trainer = MetaTrainer(make_rule(), WideProblem(size), TrainConfig())
-    assert trainer.config == replace(TrainConfig(), validation_functions=functions)
-    given = MetaTrainer(make_rule(), WideProblem(size), TrainConfig(validation_functions=7))
-    assert given.config.validation_functions == 7
+    assert trainer.config == replace(TrainConfig(), batch_size=batch, validation_functions=functions)
+    given = MetaTrainer(make_rule(), WideProblem(size), TrainConfig(batch_size=3, validation_functions=7))
+    assert (given.config.batch_size, given.config.validation_functions) == (3, 7)
 
 
 def test_the_number_of_validation_functions_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

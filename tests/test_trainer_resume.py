@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from trainings import (
     SMALL,
@@ -309,3 +312,28 @@ def test_resume_refuses_another_problem_without_a_repr(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"problem is 'Nameless\(scale=1.0\)' in .* but 'Nameless\(scale=2.0\)' here"):
         trainer(2.0).fit(resume=True)
     trainer(1.0).fit(resume=True)
+
+
+def test_a_checkpoint_of_before_there_were_mirrors_resumes_as_it_was(tmp_path: Path) -> None:
+    """It does not name the newer settings, and a rule of another start is in it."""
+
+    def former_rule() -> CoordinatewiseLSTM:
+        rule = make_rule()
+        rule.output.reset_parameters()
+        return rule
+
+    MetaTrainer(former_rule(), DigitsProblem(), SMALL, folder=tmp_path / "whole").fit()
+    cut = tmp_path / "cut"
+    with pytest.raises(Stop):
+        MetaTrainer(former_rule(), DigitsProblem(), SMALL, folder=cut).fit(on_update=stop_after(5))
+    path = cut / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    about = json.loads(metadata["about"])
+    del about["config"]["mirrored"], about["config"]["hold"], tensors["shard.0.run.done"]
+    save_file(tensors, path, {**metadata, "about": json.dumps(about)})
+    with pytest.raises(ValueError, match=r"config\.hold is 0\.0 in the checkpoint but 0\.6 here"):
+        MetaTrainer(make_rule(), DigitsProblem(), replace(SMALL, hold=0.6), folder=cut).fit(resume=True)
+    MetaTrainer(make_rule(), DigitsProblem(), SMALL, folder=cut).fit(resume=True)
+    assert_same_training(cut, tmp_path / "whole")

@@ -26,7 +26,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def make_rule(preprocess: LogAndSign | None = None, *, seed: int = 0) -> CoordinatewiseLSTM:
     torch.manual_seed(seed)
-    return CoordinatewiseLSTM(hidden_size=5, preprocess=preprocess).double()
+    rule = CoordinatewiseLSTM(hidden_size=5, preprocess=preprocess).double()
+    rule.output.reset_parameters()  # updates of some size, where a fresh rule takes tiny ones
+    return rule
 
 
 class Network:

@@ -16,7 +16,18 @@ from l2l_fast.meta import TrainConfig, TrainEvent
 from l2l_fast.rule import CoordinatewiseLSTM
 
 SMALL = TrainConfig(
-    updates=12, horizon=9, truncation=4, batch_size=2, validate_every=5, validation_functions=8, checkpoint_every=1
+    updates=12,
+    horizon=9,
+    truncation=4,
+    batch_size=2,
+    mirrored=0.0,
+    hold=0.0,
+    clip=1.0,
+    clip_ratio=None,
+    average=None,
+    validate_every=5,
+    validation_functions=8,
+    checkpoint_every=1,
 )
 
 

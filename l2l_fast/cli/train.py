@@ -116,8 +116,13 @@ def train(
         typer.Option("--untruncated", help="Segments as long as a run: better for networks.", rich_help_panel=_RUN),
     ] = False,
     batch_size: Annotated[
-        int, typer.Option(help="Functions trained on at once.", rich_help_panel=_RUN)
-    ] = TrainConfig.batch_size,
+        int | None,
+        typer.Option(
+            help="Functions trained on at once.",
+            show_default="16, or what has 4096 coordinates",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     shards: Annotated[
         int,
         typer.Option(
@@ -162,8 +167,19 @@ def train(
         float,
         typer.Option(help="Share of the coordinates that enter a meta-gradient, chosen anew.", rich_help_panel=_RUN),
     ] = TrainConfig.coordinate_fraction,
+    mirrored: Annotated[
+        float,
+        typer.Option(
+            help="Share of the updates, at the beginning, with runs in which half of the coordinates point the other "
+            "way: keeps a fresh rule from saturating networks.",
+            rich_help_panel=_RUN,
+        ),
+    ] = TrainConfig.mirrored,
     updates: Annotated[int, typer.Option(min=1, help="Meta-updates.", rich_help_panel=_META)] = TrainConfig.updates,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start.", rich_help_panel=_META)] = TrainConfig.lr,
+    lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=_META)] = TrainConfig.lr,
+    hold: Annotated[
+        float, typer.Option(help="Share of the updates before it falls.", rich_help_panel=_META)
+    ] = TrainConfig.hold,
     final_lr_fraction: Annotated[
         float, typer.Option(help="What is left of the learning rate at the end.", rich_help_panel=_META)
     ] = TrainConfig.final_lr_fraction,
@@ -172,20 +188,19 @@ def train(
     ] = TrainConfig.warmup,
     clip: Annotated[
         float | None,
+        typer.Option(help="Greatest norm of a meta-gradient.", show_default="any", rich_help_panel=_META),
+    ] = TrainConfig.clip,
+    clip_ratio: Annotated[
+        float,
+        typer.Option(help="Greatest norm relative to the mean of those before; 0 for any.", rich_help_panel=_META),
+    ] = TrainConfig.clip_ratio or 0,
+    average: Annotated[
+        float,
         typer.Option(
-            help="Greatest norm of a meta-gradient; 0 for any.",
-            show_default="1; any with --clip-ratio",
+            help="Validate and keep an average of the weights, with this decay; 0 for the weights themselves.",
             rich_help_panel=_META,
         ),
-    ] = None,
-    clip_ratio: Annotated[
-        float | None,
-        typer.Option(help="Greatest norm relative to the mean of those before.", rich_help_panel=_META),
-    ] = None,
-    average: Annotated[
-        float | None,
-        typer.Option(help="Validate and keep an average of the weights, with this decay.", rich_help_panel=_META),
-    ] = None,
+    ] = TrainConfig.average or 0,
     search: Annotated[
         int | None,
         typer.Option(
@@ -285,12 +300,14 @@ def train(
         truncation=chosen_truncation(truncation, horizon, whole_runs=untruncated or teacher is not None),
         batch_size=batch_size,
         shards=shards,
+        mirrored=mirrored,
         lr=lr,
+        hold=hold,
         final_lr_fraction=final_lr_fraction,
         warmup=warmup,
-        clip=(TrainConfig.clip if clip_ratio is None else None) if clip is None else clip or None,
-        clip_ratio=clip_ratio,
-        average=average,
+        clip=clip,
+        clip_ratio=clip_ratio or None,
+        average=average or None,
         objective=objective.value,
         second_derivatives=second_derivatives,
         slope_floor=slope_floor,

@@ -20,6 +20,9 @@ from l2l_fast.rule import CoordinatewiseLSTM
 
 FORMAT = "l2l_fast.checkpoint.v2"
 
+# Settings that a checkpoint of before there were any does not name, and what was done then.
+_FORMER = {"config.mirrored": 0.0, "config.hold": 0.0}
+
 
 @dataclass
 class Progress:
@@ -115,7 +118,7 @@ def load(path: str | os.PathLike[str], about: dict[str, Any]) -> tuple[dict[str,
         found, progress = json.loads(metadata["about"]), Progress.from_dict(json.loads(metadata["progress"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} is a checkpoint without readable metadata: {error!r}") from error
-    here, there, missing = flatten(json.loads(json.dumps(about))), flatten(found), object()
+    here, there, missing = flatten(json.loads(json.dumps(about))), {**_FORMER, **flatten(found)}, object()
     differing = [
         f"{name} is {there.get(name, 'absent')!r} in the checkpoint but {here.get(name, 'absent')!r} here"
         for name in sorted(here.keys() | there.keys())

@@ -28,14 +28,19 @@ class TrainConfig:
         updates: meta-updates in all. The learning rate decays over exactly these.
         horizon: steps of a run, and of validation.
         truncation: steps of a segment; ``horizon`` for untruncated training.
-        batch_size: instances of a run.
+        batch_size: instances of a run; ``None`` is 16, or as many as have 4096 coordinates in all, but at least 1.
         shards: independent runs of ``batch_size`` instances each, with random numbers of their own, that one update
             averages over.
-        lr: learning rate of Adam at the first update.
-        final_lr_fraction: learning rate at the last update as a fraction of ``lr``; exponential in between.
+        mirrored: share of the updates, at the beginning, during which runs may be mirrored: half of their coordinates,
+            drawn at random, point the other way. All of the first runs are, and ever fewer. It keeps a fresh rule from
+            saturating networks; has no effect with a teacher.
+        lr: learning rate of Adam.
+        hold: share of the updates for which it stays; after those it falls exponentially.
+        final_lr_fraction: learning rate at the last update as a fraction of ``lr``.
         warmup: updates over which the learning rate rises linearly to what it would be without them.
         clip: greatest global norm of the meta-gradient; a longer one is scaled down. ``None`` never does.
-        clip_ratio: greatest norm of the meta-gradient, relative to the running mean of the norms so far.
+        clip_ratio: greatest norm of the meta-gradient, relative to the running mean of the norms so far; ``None``
+            for any.
         average: decay of the exponential average of the rule's weights that is validated and kept as the best rule;
             ``None`` takes the weights themselves.
         objective: ``"loss"``, or ``"log"`` to train on ``log f``, for problems with positive losses.
@@ -69,14 +74,16 @@ class TrainConfig:
     updates: int = 4000
     horizon: int = 100
     truncation: int = 20
-    batch_size: int = 16
+    batch_size: int | None = None
     shards: int = 1
+    mirrored: float = 0.1
     lr: float = 1e-2
+    hold: float = 0.6
     final_lr_fraction: float = 0.03
     warmup: int = 0
-    clip: float | None = 1.0
-    clip_ratio: float | None = None
-    average: float | None = None
+    clip: float | None = None
+    clip_ratio: float | None = 2.0
+    average: float | None = 0.98
     objective: Objective = "loss"
     second_derivatives: bool = False
     slope_floor: float = 0.0
@@ -121,6 +128,12 @@ class TrainConfig:
         for name in ("final_lr_fraction", "coordinate_fraction"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        for name in ("mirrored", "hold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be a share of the updates, from 0 to 1, got {value}")
         if self.average is not None and self.average >= 1:
             raise ValueError(f"average must be below 1, got {self.average}; None takes no average")
         if self.objective not in get_args(Objective):
@@ -158,7 +171,7 @@ class TrainConfig:
 
     def _check_int(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if value is None and name in ("validation_functions", "patience", "checkpoint_every"):
+        if value is None and name in ("batch_size", "validation_functions", "patience", "checkpoint_every"):
             return
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {value!r}")
@@ -189,7 +202,9 @@ class TrainConfig:
     def lr_at(self, update: int) -> float:
         """Learning rate of the update after ``update`` others."""
         warm = min(1.0, (update + 1) / (self.warmup + 1))
-        return warm * self.lr * math.pow(self.final_lr_fraction, update / max(1, self.updates - 1))
+        held = self.hold * (self.updates - 1)
+        fallen = max(0.0, update - held) / max(1.0, self.updates - 1 - held)
+        return warm * self.lr * math.pow(self.final_lr_fraction, fallen)
 
     def weights_between(self, first: int, last: int) -> list[float]:
         """Weights of the points ``first`` to ``last`` of a run, both included."""

@@ -13,6 +13,7 @@ from l2l_fast.meta.checkpoint import select
 from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.graph import StepGraph
 from l2l_fast.meta.imitation import Teacher, imitate
+from l2l_fast.meta.mirror import mirrored
 from l2l_fast.meta.unroll import Unroll, unroll
 from l2l_fast.problems import Instances, Problem
 from l2l_fast.rule import CoordinatewiseLSTM
@@ -24,6 +25,7 @@ class _Run:
 
     instances: Instances
     generator_state: Tensor  # from which the instances can be drawn again
+    done: float  # how much of the training was, when they were drawn
     params: Mapping[str, Tensor] | None = None
     state: Tensor | None = None
 
@@ -66,7 +68,7 @@ class Shard:
         """
         config = self._config
         if self._run is None:
-            self._run = self._start_run()
+            self._run = self._start_run(done)
         if self._teacher is not None:
             assert isinstance(rule, CoordinatewiseLSTM)
             return imitate(
@@ -108,6 +110,7 @@ class Shard:
             assert self._run.params is not None
             assert self._run.state is not None
             tensors["generator.run"] = self._run.generator_state
+            tensors["run.done"] = torch.tensor(self._run.done, dtype=torch.float64)
             tensors["run.state"] = self._run.state
             # Numbered, because the order of the names is that of the coordinates.
             for index, (name, tensor) in enumerate(self._run.params.items()):
@@ -124,7 +127,8 @@ class Shard:
         self._run = None
         if "generator.run" in tensors:
             self._generator.set_state(tensors["generator.run"])
-            self._run = self._start_run()
+            # Absent in a checkpoint of before there were mirrors.
+            self._run = self._start_run(float(tensors.get("run.done", 1.0)))
             params = select(tensors, "run.params.")
             self._run.params = {
                 key.split(".", 1)[1]: params[key].to(self._device)
@@ -133,10 +137,17 @@ class Shard:
             self._run.state = tensors["run.state"].to(self._device)
         self._generator.set_state(tensors["generator.now"])
 
-    def _start_run(self) -> _Run:
+    def _start_run(self, done: float) -> _Run:
+        config = self._config
         generator_state = self._generator.get_state()
-        instances = self._problem.sample(self._config.batch_size, generator=self._generator, device=self._device)
-        return _Run(instances, generator_state)
+        assert config.batch_size is not None
+        instances = self._problem.sample(config.batch_size, generator=self._generator, device=self._device)
+        if self._teacher is None and done < config.mirrored:
+            seed, chance = int(torch.randint(2**62, (), generator=self._generator)), done / config.mirrored
+            if torch.rand((), generator=self._generator, dtype=torch.float64) >= chance:
+                return _Run(mirrored(instances, seed), generator_state, done)
+        # A graph holds losses of one kind of instances.
+        return _Run(mirrored(instances, None) if config.mirrored and self._graph else instances, generator_state, done)
 
 
 def _seed(seed: int, number: int) -> int:

@@ -26,7 +26,7 @@ from l2l_fast.meta.imitation import Teacher, check_teaching
 from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent
 from l2l_fast.meta.shard import Shard
-from l2l_fast.meta.validation import validation_functions, validation_loss
+from l2l_fast.meta.validation import batch_size, validation_functions, validation_loss
 from l2l_fast.problems import Problem
 from l2l_fast.rule import CoordinatewiseLSTM
 
@@ -81,7 +81,7 @@ class MetaTrainer:
             a checkpoint of a training that started from something else is not resumed. ``None`` names nothing.
 
     Attributes:
-        config: the settings, with a number for ``validation_functions``.
+        config: the settings, with numbers for ``batch_size`` and ``validation_functions``.
 
     Raises:
         TypeError: if an argument has the wrong kind, or one that ``config.cuda_graph`` can't serve.
@@ -123,10 +123,13 @@ class MetaTrainer:
         self._about = checkpoint.describe(rule, problem, self.config, teacher, starts_from)
         if self.config.cuda_graph:
             self._team.together(lambda: check_graph(rule, problem))
+        if self.config.batch_size is None:
+            chosen = self._team.together(lambda: batch_size(rule, problem, self._device))
+            self.config = replace(self.config, batch_size=chosen)
         if self.config.validation_functions is None:
-            functions = self._team.together(lambda: validation_functions(rule, problem, self._device))
-            self.config = replace(self.config, validation_functions=functions)
-            self._about["config"] = self.config.to_dict()
+            chosen = self._team.together(lambda: validation_functions(rule, problem, self._device))
+            self.config = replace(self.config, validation_functions=chosen)
+        self._about["config"] = self.config.to_dict()
         self._team.check_same({**checkpoint.flatten(self._about), "folder given": folder is not None})
         self._team.broadcast(rule.state_dict().values())
         self._files = None if self.folder is None else TrainingFolder(self.folder)

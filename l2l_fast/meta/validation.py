@@ -16,6 +16,10 @@ FUNCTIONS = 1024
 COORDINATES = 2_000_000
 LEAST_FUNCTIONS = 4
 
+# Of an update. Many updates from few instances train better than few from many.
+BATCH = 16
+BATCH_COORDINATES = 4096
+
 
 def affordable_functions(
     rule: nn.Module, problem: Problem, device: torch.device, *, most: int, coordinates: int, least: int
@@ -30,6 +34,11 @@ def affordable_functions(
 def validation_functions(rule: nn.Module, problem: Problem, device: torch.device) -> int:
     """How many instances to validate on: 1024, or as many as have two million coordinates, but at least 4."""
     return affordable_functions(rule, problem, device, most=FUNCTIONS, coordinates=COORDINATES, least=LEAST_FUNCTIONS)
+
+
+def batch_size(rule: nn.Module, problem: Problem, device: torch.device) -> int:
+    """How many instances to train on at once: 16, or as many as have 4096 coordinates, but at least 1."""
+    return affordable_functions(rule, problem, device, most=BATCH, coordinates=BATCH_COORDINATES, least=1)
 
 
 @torch.no_grad()
