@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import time
@@ -26,9 +27,12 @@ from l2l_fast.meta.imitation import Teacher, check_teaching
 from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent
 from l2l_fast.meta.shard import Shard
+from l2l_fast.meta.stuck import why_stuck
 from l2l_fast.meta.validation import batch_size, validation_functions, validation_loss
 from l2l_fast.problems import Problem
 from l2l_fast.rule import CoordinatewiseLSTM
+
+logger = logging.getLogger("l2l_fast")
 
 MAX_SKIPPED_IN_A_ROW = 100
 
@@ -140,6 +144,7 @@ class MetaTrainer:
         # What is validated: the rule itself, or a copy with the average of its weights.
         self._judged = rule if self.config.average is None else copy.deepcopy(rule)
         self._best = _copy_weights(rule)
+        self._warned = False  # whether it was said that nothing is learned
         self._begun = False  # whether the folder holds a checkpoint of this very training
 
     @property
@@ -350,7 +355,17 @@ class MetaTrainer:
         progress.segments, progress.loss_sum, progress.grad_norm_sum = 0, 0.0, 0.0
         if self._begun:
             self._write_log()
+        self._warn_if_stuck()
         return value
+
+    def _warn_if_stuck(self) -> None:
+        """Say once, as early as it can be known, why nothing is learned."""
+        if self._warned or not self._team.leads:
+            return
+        reason = why_stuck(self._progress.history, self._judged, self.problem, self.config, self._device)
+        if reason is not None:
+            self._warned = True
+            logger.warning("this training is stuck: %s", reason)
 
     def _event(self, lr: float, loss: float, grad_norm: float, validation_loss: float | None) -> TrainEvent:
         progress = self._progress
