@@ -23,7 +23,7 @@ from l2l_fast.cli.app import app
 from l2l_fast.experiments import recipes
 from l2l_fast.experiments.recipes import Recipe
 from l2l_fast.meta import TrainConfig
-from l2l_fast.problems import PROBLEMS
+from l2l_fast.problems import PROBLEMS, Quadratic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -394,14 +394,13 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
 
 def test_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TrainConfig(updates=2, horizon=4, truncation=4, batch_size=2, validation_functions=4)
-    tiny = Recipe("tiny", "quadratic", LogAndSign(), whole, "Good for nothing.", choose_scale=True)
-    monkeypatch.setattr(recipes, "recipe_for", lambda name, teacher: tiny)
+    tiny = Recipe("tiny", Quadratic(), LogAndSign(), whole, "Good for nothing.")
+    monkeypatch.setattr(recipes, "recipe_for", lambda name: tiny)
     code, printed, _ = run("reproduce", "tiny", "--seed", "5", "--out", tmp_path / "out")
     assert code == 0
-    assert "output_scale 0.09091" in printed
     assert str(tmp_path / "out" / recipes.RULE) in printed.replace("\n", "")
     assert CoordinatewiseLSTM.load(tmp_path / "out" / recipes.RULE).card["name"] == "tiny"
-    monkeypatch.setattr(recipes, "recipe_for", lambda name, teacher: replace(tiny, name=name))
+    monkeypatch.setattr(recipes, "recipe_for", lambda name: replace(tiny, name=name))
     assert run("reproduce", "mnist", "--out", tmp_path / "shipped")[0] == 0  # whose seed is taken
     command = CoordinatewiseLSTM.load(tmp_path / "shipped" / recipes.RULE).card["command"]
     assert command == load_rule("mnist").card["command"]

@@ -18,9 +18,8 @@ from l2l_fast.experiments import recipes, teacher_search, teachers
 from l2l_fast.experiments.recipes import RULE, Recipe, recipe_for, reproduce
 from l2l_fast.experiments.teacher import PowerMomentum
 from l2l_fast.meta import MetaTrainer, TrainConfig
-from l2l_fast.meta.validation import validation_loss
 from l2l_fast.problems import PROBLEMS, Quadratic
-from l2l_fast.rule import as_rule, available_rules
+from l2l_fast.rule import as_rule, available_rules, load_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +27,7 @@ TEACHER = PowerMomentum(0.04, 0.8, 3.0, 0.8, 0.6, agreement=1.3, decay=0.7, deca
 CONFIG = TrainConfig(
     updates=4, horizon=6, truncation=6, batch_size=2, validate_every=2, validation_functions=4, checkpoint_every=1
 )
-TINY = Recipe("tiny", "quadratic", LogAndSign(), CONFIG, "Good for nothing.", teacher=TEACHER, choose_scale=True)
+TINY = Recipe("tiny", Quadratic(), LogAndSign(), CONFIG, "Good for nothing.")
 
 
 def same_weights(first: CoordinatewiseLSTM, second: CoordinatewiseLSTM) -> bool:
@@ -43,12 +42,6 @@ def test_a_recipe_makes_a_rule_that_tells_how(tmp_path: Path) -> None:
     assert card["command"] == "l2l-fast reproduce tiny --seed 3"
     assert card["limits"] == "Good for nothing."
     assert card["config"]["seed"] == 3
-    assert card["teacher"] == repr(TEACHER)
-    assert card["output_scales"]["validated_by"] == "end"
-    losses = card["output_scales"]["validation_loss"]
-    assert {"0.09091", "0.1", "0.11"} <= losses.keys()
-    assert losses["0.1"] == card["validation_loss"]
-    assert losses[f"{found.spec.output_scale:.4g}"] == min(losses.values())
     assert same_weights(found, CoordinatewiseLSTM.load(tmp_path / "best.safetensors"))
     # Done is done: nothing is trained again.
     assert same_weights(reproduce(TINY, 3, tmp_path), rule)
@@ -57,28 +50,19 @@ def test_a_recipe_makes_a_rule_that_tells_how(tmp_path: Path) -> None:
     assert not same_weights(reproduce(TINY, 4, tmp_path / "other"), rule)
 
 
-def test_a_recipe_without_a_teacher_and_a_choice(tmp_path: Path) -> None:
-    card = reproduce(replace(TINY, teacher=None, choose_scale=False), 3, tmp_path).card
-    assert not {"teacher", "output_scales"} & card.keys()
-
-
-def test_a_recipe_refines_what_it_has_imitated(tmp_path: Path) -> None:
+def test_a_recipe_refines_what_it_has_trained(tmp_path: Path) -> None:
     second = replace(CONFIG, updates=3, lr=1e-4, second_derivatives=True, validate_by="run", average=0.5)
     rule = reproduce(replace(TINY, refinement=second), 3, tmp_path)
-    imitated = CoordinatewiseLSTM.load(tmp_path / "best.safetensors")
-    trainer = MetaTrainer(imitated, Quadratic(), replace(second, seed=3))
+    first = CoordinatewiseLSTM.load(tmp_path / "best.safetensors")
+    trainer = MetaTrainer(first, Quadratic(), replace(second, seed=3))
     expected = trainer.fit().best_rule
     assert isinstance(expected, CoordinatewiseLSTM)
     assert same_weights(rule, expected)
     assert not same_weights(rule, CoordinatewiseLSTM.load(tmp_path / "best.safetensors"))
     card = CoordinatewiseLSTM.load(tmp_path / RULE).card
     assert card["config"]["second_derivatives"] is True
-    assert "teacher" not in card
-    assert card["begun_from"]["teacher"] == repr(TEACHER)
     assert card["begun_from"]["config"]["seed"] == 3
-    # The scale is chosen by the end of the runs nevertheless.
-    at_end = validation_loss(expected, Quadratic(), CONFIG, torch.device("cpu"))
-    assert card["output_scales"]["validation_loss"]["0.1"] == at_end
+    assert card["begun_from"]["config"]["second_derivatives"] is False
     assert same_weights(reproduce(replace(TINY, refinement=second), 3, tmp_path), rule)
 
 
@@ -113,28 +97,15 @@ def test_a_second_training_alone_is_refused(tmp_path: Path) -> None:
     for path in tmp_path.glob("*.*"):
         path.unlink()
     with pytest.raises(ValueError, match="refined holds the second part of a training whose first part is gone"):
-        reproduce(replace(recipe, teacher=replace(TEACHER, lr=0.1)), 3, tmp_path)
+        reproduce(replace(recipe, config=replace(CONFIG, lr=0.1)), 3, tmp_path)
     assert not (tmp_path / "checkpoint.safetensors").exists()
-
-
-def test_the_best_scale_has_worse_ones_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for wanted, power, tried in ((0.01, 0, 3), (0.3, 3, 6), (-0.3, -3, 6), (9.0, 15, 17)):
-
-        def loss(rule: CoordinatewiseLSTM, *_: Any, wanted: float = wanted) -> float:
-            return abs(math.log(rule.spec.output_scale / 0.1) - wanted)
-
-        monkeypatch.setattr(recipes, "validation_loss", loss)
-        rule, losses = recipes.choose_scale(CoordinatewiseLSTM(), Quadratic(), CONFIG)
-        assert rule.spec.output_scale == pytest.approx(0.1 * 1.1**power)
-        assert len(losses) == tried
-        assert list(losses) == sorted(losses, key=float)
 
 
 @pytest.mark.parametrize("name", available_rules())
 def test_every_shipped_rule_has_a_recipe(name: str) -> None:
     recipe = recipe_for(name)
     assert recipe.name == name
-    assert recipe.problem == name
+    assert load_rule(name).card["problem"] == repr(recipe.problem)
     assert as_rule(name).spec.preprocess == recipe.preprocess
 
 

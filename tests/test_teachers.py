@@ -1,4 +1,4 @@
-"""Teachers by name: the shipped ones, files of tune-teacher and baselines, for train, evaluate and reproduce."""
+"""Teachers by name: the shipped ones, files of tune-teacher and baselines, for train and evaluate."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import torch
 from test_cli import error_of, run
 from trainings import assert_same_training
 
-from l2l_fast import CoordinatewiseLSTM, LogAndSign
-from l2l_fast.experiments import recipes
-from l2l_fast.experiments.recipes import Recipe, recipe_for
+from l2l_fast import CoordinatewiseLSTM
 from l2l_fast.experiments.teacher import PowerMomentum
 from l2l_fast.experiments.teachers import Baseline, choose_teacher, load_teacher, shipped_teacher
 from l2l_fast.meta import MetaTrainer, TrainConfig
@@ -163,35 +161,3 @@ def test_evaluate_a_teacher_from_a_file(tuned: Path, tmp_path: Path) -> None:
     other = json.loads((tmp_path / "out" / "evaluation.json").read_text())["final_loss"]
     assert other["lstm"] == found["lstm"]
     assert other["teacher"] != found["teacher"]
-
-
-def test_a_recipe_with_another_teacher(tuned: Path) -> None:
-    shipped, own = recipe_for("digits"), recipe_for("digits", str(tuned))
-    assert own.options == ("--teacher", str(tuned))
-    assert shipped.options == ()
-    assert shipped.teacher == shipped_teacher("digits")
-    assert replace(shipped, teacher=TUNED, options=own.options, limits=own.limits) == own
-    assert "which it overfits" in shipped.limits
-    assert "which it overfits" in own.limits
-    assert "another teacher than the shipped one" in own.limits
-    with pytest.raises(ValueError, match="the recipe of 'quadratic' imitates no teacher; leave out --teacher"):
-        recipe_for("quadratic", str(tuned))
-
-
-def test_reproduce_with_another_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tiny(rule: str, teacher: str) -> Recipe:
-        config, chosen = replace(CONFIG, updates=1), choose_teacher(teacher, rule)
-        return Recipe(
-            rule, "quadratic", LogAndSign(), config, "Good for nothing.", teacher=chosen, options=("--teacher", teacher)
-        )
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recipes, "recipe_for", tiny)
-        assert run("reproduce", "digits", "--teacher", "adam:0.02", "--seed", "4", "--out", tmp_path / "tiny")[0] == 0
-    card = CoordinatewiseLSTM.load(tmp_path / "tiny" / recipes.RULE).card
-    assert card["command"] == "l2l-fast reproduce digits --teacher adam:0.02 --seed 4"
-    assert card["teacher"] == "Baseline(optimizer='adam', lr=0.02)"
-
-    message = error_of("reproduce", "digits", "--teacher", "none.json", "--out", tmp_path / "out")
-    assert "there is no teacher 'none.json'" in message
-    assert not (tmp_path / "out").exists()

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from l2l_fast.cli.common import (
-    TEACHER_FORMS,
     DataDir,
     ProblemName,
     Threads,
@@ -24,7 +23,6 @@ from l2l_fast.cli.common import (
 from l2l_fast.experiments import recipes, tables, teacher_search
 from l2l_fast.experiments.output import prepare_folder
 from l2l_fast.experiments.progress import console
-from l2l_fast.experiments.teachers import SHIPPED
 from l2l_fast.rule import load_rule
 
 
@@ -36,9 +34,6 @@ def reproduce(
             min=0, help="Seed of weights, functions and minibatches.", show_default="that of the shipped rule"
         ),
     ] = None,
-    teacher: Annotated[
-        str, typer.Option(metavar="TEACHER", help=f"What a network's rule imitates: {TEACHER_FORMS}.")
-    ] = SHIPPED,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the training.", show_default="runs/reproduce-RULE-SEED")
     ] = None,
@@ -48,15 +43,12 @@ def reproduce(
     """Train a shipped rule again, by its recipe. Interrupted, the same command carries on."""
     set_threads(threads)
     use_data_dir(data_dir)
-    recipe = recipes.recipe_for(rule, teacher)
+    recipe = recipes.recipe_for(rule)
     if seed is None:
         seed = int(load_rule(recipe.name).card["config"]["seed"])
     folder = prepare_folder(Path("runs") / f"reproduce-{rule}-{seed}" if out is None else out)
     with carries_on():
-        trained = recipes.reproduce(recipe, seed, folder)
-    if "output_scales" in trained.card:
-        losses = trained.card["output_scales"]["validation_loss"]
-        console.print(tables.info_table({f"output_scale {scale}": f"{loss:.4g}" for scale, loss in losses.items()}))
+        recipes.reproduce(recipe, seed, folder)
     print_written(folder / recipes.RULE)
 
 
@@ -77,7 +69,7 @@ def tune_teacher(
     data_dir: DataDir = None,
     threads: Threads = None,
 ) -> None:
-    """Find the settings of the hand-made optimizer that the recipes for networks imitate.
+    """Find the settings of a hand-made optimizer, a teacher that rules can imitate.
 
     Interrupted, the same command carries on.
     """
