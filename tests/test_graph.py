@@ -108,10 +108,12 @@ def test_memory_that_nobody_keeps_is_found(emulator: Emulator) -> None:
             ),
         ),
         (Quadratic(3, "deepmind"), {"shards": 2, "objective": "log", "loss_power": 1.0}),
+        (DIGITS, {"mirrored": 0.5}),
+        (Quadratic(), {"mirrored": 1.0, "shards": 2}),
         (DIGITS, {}),
         (DIGITS, {"coordinate_fraction": 0.5, "truncation": 9, "batch_size": 1}),
     ],
-    ids=["quadratic", "triton", "shards", "digits", "whole runs"],
+    ids=["quadratic", "triton", "shards", "half mirrored", "mirrored", "digits", "whole runs"],
 )
 def test_training_has_the_same_bits(
     emulator: Emulator, tmp_path: Path, problem: Problem, settings: dict[str, Any]

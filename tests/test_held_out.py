@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from test_cli import error_of
+from test_cli import run as run_command
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import l2l_fast
 from l2l_fast import CoordinatewiseLSTM, LogAndSign, unroll
 from l2l_fast.datasets import load
-from l2l_fast.meta import MetaTrainer, TrainConfig
+from l2l_fast.meta import MetaTrainer, TrainConfig, graph
 from l2l_fast.meta.mirror import mirrored
 from l2l_fast.problems import Evaluates, HeldOut, ImageClassifier, Replayable, module_problem
 from l2l_fast.problems.classification import digits
@@ -182,3 +185,37 @@ def test_mirrored_instances_have_held_out_losses_too() -> None:
     instances = digits(held_out=0.5).sample(1)
     assert isinstance(mirrored(instances, 1), HeldOut)
     assert not isinstance(mirrored(instances, 1), Replayable)
+
+
+def test_no_graph_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_DEVICE_TYPE", "cpu")
+    graph.check_capturable(l2l_fast.CoordinatewiseLSTM(), digits().sample(1))
+    with pytest.raises(TypeError, match="has losses on held-out data, which no CUDA graph holds"):
+        graph.check_capturable(l2l_fast.CoordinatewiseLSTM(), digits(held_out=0.5).sample(1))
+
+
+def test_errors_name_what_is_at_fault() -> None:
+    x, y = torch.randn(40, 4, generator=seeded(1)), torch.randn(40, 1, generator=seeded(2))
+    for wrong in ((x[:, :3], y), (x.double(), y.double())):
+        with pytest.raises(ValueError, match="of held_out_data of inputs"):
+            module_problem(lambda: nn.Linear(4, 1), mse_loss, (x, y), minibatch=8, held_out_data=wrong)
+
+    class Scalar(Regression):
+        def outer_loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+            return super().outer_loss(params, generator=generator).mean()
+
+    for grad in (True, False):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(ValueError, match=r"instances\.outer_loss must return one loss"),
+        ):
+            unroll(make_rule(), Scalar(), STEPS, generator=seeded(3))
+
+
+def test_a_problem_from_the_command_line(tmp_path: Path) -> None:
+    options = ["--set", "held_out=0.5", "--updates", "1", "--horizon", "3", "--truncation", "3"]
+    assert run_command("train", "digits", *options, "--validation-functions", "1", "--out", tmp_path / "out")[0] == 0
+    card = CoordinatewiseLSTM.load(tmp_path / "out" / "best.safetensors").card
+    assert "held_out=0.5" in card["problem"]
+    message = error_of("train", "digits", "--set", "held_out=1.5", "--out", tmp_path / "none")
+    assert "held_out must be a share of the images" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,36 @@ def test_what_is_drawn_makes_the_loss() -> None:
     params = here.init(generator=seeded(3))
     by_draw = captured.loss_of(params, here.draw(generator=seeded(4)))
     torch.testing.assert_close(by_draw, here.loss(params, generator=seeded(4)), rtol=0, atol=0)
+
+
+def pulled(update: float, seed: int | None) -> float:
+    """How far units fed by 784 coordinates each are moved, on average, by 20 steps of a rule that moves all of them by
+    ``update``."""
+    instances = mirrored(Pull(), seed)
+    rule = CoordinatewiseLSTM()
+    with torch.no_grad():
+        rule.output.weight.zero_()
+        rule.output.bias.fill_(update / rule.spec.output_scale)
+        run = unroll(rule, instances, 20)
+    assert run.losses[0].count_nonzero() == 0
+    return float(run.losses[-1].abs().mean())
+
+
+class Pull:
+    """The sum of the inputs' weights of a unit is the loss."""
+
+    def init(self, *, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        return {"w": torch.zeros(50, 784)}
+
+    def loss(self, params: Mapping[str, torch.Tensor], *, generator: torch.Generator | None = None) -> torch.Tensor:
+        return params["w"].sum(1)
+
+
+def test_a_common_drift_moves_a_unit_by_much_and_in_a_mirror_by_little() -> None:
+    """What saturates the units of a network before a fresh rule has learned anything, and what keeps it from that."""
+    plain = pulled(0.002, None)
+    assert plain == pytest.approx(784 * 20 * 0.002, rel=1e-3)  # a sigmoid is saturated by 5
+    assert pulled(0.002, 3) < plain / 20
 
 
 def started_in_a_mirror(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> list[bool]:

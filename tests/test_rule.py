@@ -60,24 +60,15 @@ def assert_same_rule(actual: CoordinatewiseLSTM, expected: CoordinatewiseLSTM) -
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("preprocess", [None, LogAndSign(), LogAndSign(15.0)])
-def test_a_fresh_rule_moves_by_little_and_never_a_sum_of_many_coordinates(
-    preprocess: LogAndSign | None, seed: int
-) -> None:
-    """Its updates are all but the same for all coordinates; in the mirrored runs that it first trains on, half of them
-    point the other way."""
+def test_a_fresh_rule_moves_by_little(preprocess: LogAndSign | None, seed: int) -> None:
     torch.manual_seed(seed)
-    rule, inputs = CoordinatewiseLSTM(preprocess=preprocess), 784
-    state, pulled, mirrored = rule.init_state(inputs), torch.zeros(inputs), torch.zeros(inputs)
-    signs = 1 - 2 * torch.randint(2, (inputs,))
+    rule = CoordinatewiseLSTM(preprocess=preprocess)
+    state = rule.init_state(784)
+    assert rule.output.bias == 0
     with torch.no_grad():
         for _ in range(20):
-            update, state = rule(0.01 * torch.randn(inputs), state)
-            assert update.abs().max() < 0.02 * rule.spec.output_scale
-            pulled += update
-            mirrored += signs * update
-    assert pulled.abs().max() < 20 * 0.02 * rule.spec.output_scale
-    # What a unit that all of them feed is moved by: less than its sigmoid needs to saturate.
-    assert mirrored.sum().abs() < 2
+            update, state = rule(0.01 * torch.randn(784), state)
+            assert 0 < update.abs().max() < 0.02 * rule.spec.output_scale
 
 
 def test_defaults_are_those_of_the_paper() -> None:

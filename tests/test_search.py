@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -14,11 +15,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 
 from l2l_fast.meta import MetaTrainer, TrainConfig
-from l2l_fast.meta.search import Trial, search
+from l2l_fast.meta.search import STUDY, Trial, search
 from l2l_fast.problems import Quadratic
 from l2l_fast.problems.quadratic import QuadraticInstances
 from l2l_fast.rule import CoordinatewiseLSTM
@@ -70,6 +72,19 @@ def test_storage_carries_on(tmp_path: Path) -> None:
     assert result == whole
     with pytest.raises(ValueError, match=r"holds trials of another search.*use another storage"):
         search(Quadratic(dim=3), make_rule, CONFIG, 3, storage=storage)
+
+
+def test_trials_of_before_there_were_mirrors_are_carried_on(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'search.db'}"
+    config = replace(CONFIG, mirrored=0.0, hold=0.0, updates=0, batch_size=None)
+    search(Quadratic(), make_rule, config, 2, storage=storage)
+    study = optuna.load_study(study_name=STUDY, storage=storage)
+    about = json.loads(study.user_attrs["about"])
+    del about["config"]["mirrored"], about["config"]["hold"]
+    study.set_user_attr("about", json.dumps(about))
+    more: list[Trial] = []
+    search(Quadratic(), make_rule, config, 3, storage=storage, on_trial=more.append)
+    assert len(more) == 1
 
 
 def test_a_trial_depends_on_seed_and_number_alone() -> None:

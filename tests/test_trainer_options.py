@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from trainings import (
     SMALL,
@@ -104,6 +104,38 @@ def test_the_average_is_validated_and_kept() -> None:
     assert again.best_validation_loss == result.best_validation_loss
     plain = events_of(SMALL)
     assert [event.loss for event in events_of(replace(SMALL, average=0.8))] == [event.loss for event in plain]
+
+
+class Normalised(nn.Module):
+    """``update = weight * grad / root of the running mean square``, which is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((), -0.01))
+        self.register_buffer("square", torch.ones(()))
+
+    def init_state(self, n: int) -> Tensor:
+        return torch.zeros(n, 0)
+
+    def forward(self, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        square = self.get_buffer("square")
+        with torch.no_grad():
+            square.lerp_(grad.square().mean(), 0.1)
+        return self.weight * grad / square.sqrt(), state
+
+
+def test_buffers_are_those_of_the_rule_and_no_average() -> None:
+    rule = Normalised()
+    trainer = MetaTrainer(rule, Quadratic(dim=3), replace(SMALL, updates=9, validate_every=10, average=0.9))
+    same: list[bool] = []
+
+    def compare(event: TrainEvent) -> None:
+        same.append(torch.equal(trainer._judged.get_buffer("square"), rule.get_buffer("square")))
+
+    trainer.fit(on_update=compare)
+    assert rule.get_buffer("square") != 1
+    assert all(same[:-1])  # a validation follows the last update, in which the average goes on counting
+    assert not torch.equal(trainer._judged.get_parameter("weight"), rule.get_parameter("weight"))
 
 
 @pytest.mark.parametrize("clip", [None, 100.0])
@@ -306,7 +338,7 @@ def test_the_logarithm_of_a_loss_that_is_not_positive() -> None:
         ({"shards": 0}, ValueError, "shards must be at least 1, got 0"),
         ({"validation_functions": 0}, ValueError, "validation_functions must be at least 1, got 0"),
         ({"warmup": -1}, ValueError, "warmup must be at least 0, got -1"),
-        ({"average": 1.0}, ValueError, "average must be below 1, got 1.0; None takes no average"),
+        ({"average": 1.0}, ValueError, "average must be below 1, got 1.0; without it"),
         ({"clip_ratio": 0}, ValueError, "clip_ratio must be finite and positive, got 0"),
         ({"coordinate_fraction": 0.0}, ValueError, "coordinate_fraction must be finite and positive, got 0.0"),
         ({"coordinate_fraction": 1.5}, ValueError, "coordinate_fraction must be at most 1, got 1.5"),

@@ -113,7 +113,11 @@ def train(
     ] = None,
     untruncated: Annotated[
         bool,
-        typer.Option("--untruncated", help="Segments as long as a run: better for networks.", rich_help_panel=_RUN),
+        typer.Option(
+            "--untruncated",
+            help="Segments as long as a run; with --second-derivatives, for a second training.",
+            rich_help_panel=_RUN,
+        ),
     ] = False,
     batch_size: Annotated[
         int | None,
@@ -188,7 +192,7 @@ def train(
     ] = TrainConfig.warmup,
     clip: Annotated[
         float | None,
-        typer.Option(help="Greatest norm of a meta-gradient.", show_default="any", rich_help_panel=_META),
+        typer.Option(help="Greatest norm of a meta-gradient; 0 for any.", show_default="0", rich_help_panel=_META),
     ] = TrainConfig.clip,
     clip_ratio: Annotated[
         float,
@@ -305,7 +309,7 @@ def train(
         hold=hold,
         final_lr_fraction=final_lr_fraction,
         warmup=warmup,
-        clip=clip,
+        clip=clip or None,
         clip_ratio=clip_ratio or None,
         average=average or None,
         objective=objective.value,

@@ -37,13 +37,14 @@ class Run:
 
     Attributes:
         losses: ``[steps + 1, functions]``, of minibatches where there is data.
-        train: ``[functions]``, loss of the last point on fixed training data; ``None`` without ``evaluate``.
-        test: ``[functions]``, loss of the last point on held-out data; ``None`` without such.
+        fixed: ``[functions]``, loss of the last point on fixed data, those trained on unless the problem holds some
+            out; ``None`` without ``evaluate``.
+        test: ``[functions]``, loss of the last point on test data; ``None`` without such.
         tuned: the baseline's learning rate; ``None`` for a learned rule.
     """
 
     losses: Tensor
-    train: Tensor | None = None
+    fixed: Tensor | None = None
     test: Tensor | None = None
     tuned: Tuned | None = None
 
@@ -61,12 +62,12 @@ class Run:
     def measures(self) -> dict[str, Tensor]:
         """What can be said of each function in one number, ``[functions]`` each.
 
-        ``final`` is what optimizers are compared by: the loss of the last point, on fixed training data where there
-        is such, for the noise of minibatches hides small differences. ``minibatch`` is the mean loss of the last
-        five points, ``test`` the last point's on held-out data, ``mean`` the mean over the whole run.
+        ``final`` is what optimizers are compared by: the loss of the last point, on fixed data where there are such,
+        for the noise of minibatches hides small differences. ``minibatch`` is the mean loss of the last five points,
+        ``test`` the last point's on test data, ``mean`` the mean over the whole run.
         """
-        measures = {"final": self.losses[-1] if self.train is None else self.train}
-        if self.train is not None:
+        measures = {"final": self.losses[-1] if self.fixed is None else self.fixed}
+        if self.fixed is not None:
             measures["minibatch"] = self.losses[-_LAST_POINTS:].mean(dim=0)
         if self.test is not None:
             measures["test"] = self.test
@@ -268,12 +269,12 @@ def _judged(instances: Instances, losses: Tensor, params: Mapping[str, Tensor], 
 
 
 def _test_losses(instances: Evaluates, params: Mapping[str, Tensor]) -> Tensor | None:
-    """Loss on held-out data, where ``evaluate`` has a ``split`` and the instances have such data."""
+    """Loss on test data, where ``evaluate`` has a ``split`` and the instances have such data."""
     if "split" not in inspect.signature(instances.evaluate).parameters:
         return None
     try:
         losses: Tensor = instances.evaluate(params, split="test")  # type: ignore[call-arg]  # looked up above
-    except ValueError:  # as these parameters were evaluated on training data just now, it is the split
+    except ValueError:  # as these parameters were evaluated just now, it is the split
         return None
     return losses
 

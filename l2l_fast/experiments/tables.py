@@ -54,7 +54,9 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         )
     table.caption = "±: standard error; won: share of the functions on which it ends lower"
     if "minibatch" in evaluation.measures:
-        table.caption += "\nthe loss is that of the last point on fixed training data"
+        table.caption += (
+            "\nthe loss is that of the last point on fixed data: those trained on, unless the problem holds some out"
+        )
     if any(run.tuned is not None and run.tuned.stepped_down for run in evaluation.baselines.values()):
         table.caption += "\n* the tuned learning rate diverges here, so a lower one is used"
     return table

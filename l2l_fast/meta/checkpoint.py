@@ -20,8 +20,8 @@ from l2l_fast.rule import CoordinatewiseLSTM
 
 FORMAT = "l2l_fast.checkpoint.v2"
 
-# Settings that a checkpoint of before there were any does not name, and what was done then.
-_FORMER = {"config.mirrored": 0.0, "config.hold": 0.0}
+# Settings that a checkpoint or search of before there were any does not name, and what was done then.
+FORMER = {"mirrored": 0.0, "hold": 0.0}
 
 
 @dataclass
@@ -118,7 +118,9 @@ def load(path: str | os.PathLike[str], about: dict[str, Any]) -> tuple[dict[str,
         found, progress = json.loads(metadata["about"]), Progress.from_dict(json.loads(metadata["progress"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} is a checkpoint without readable metadata: {error!r}") from error
-    here, there, missing = flatten(json.loads(json.dumps(about))), {**_FORMER, **flatten(found)}, object()
+    if "config" in found:
+        found["config"] = FORMER | found["config"]
+    here, there, missing = flatten(json.loads(json.dumps(about))), flatten(found), object()
     differing = [
         f"{name} is {there.get(name, 'absent')!r} in the checkpoint but {here.get(name, 'absent')!r} here"
         for name in sorted(here.keys() | there.keys())
@@ -127,7 +129,8 @@ def load(path: str | os.PathLike[str], about: dict[str, Any]) -> tuple[dict[str,
     if differing:
         raise ValueError(
             f"{os.fspath(path)} belongs to another training: {'; '.join(differing)}. Resume with the settings it was "
-            f"started with (only {', '.join(sorted(FREE_FIELDS))} may change), or train in another folder"
+            f"started with (only {', '.join(sorted(FREE_FIELDS))} may change; defaults may have, and what is None "
+            "there is 0 for an option), or train in another folder"
         )
     # Copies, because results to the bit need the alignment that PyTorch gives its own tensors.
     return {name: tensor.clone() for name, tensor in tensors.items()}, progress

@@ -25,7 +25,7 @@ class TrainConfig:
     segment gives one update of the rule by Adam. Processes that train together share the shards among them.
 
     Args:
-        updates: meta-updates in all. The learning rate decays over exactly these.
+        updates: meta-updates in all, over which the learning rate goes its way.
         horizon: steps of a run, and of validation.
         truncation: steps of a segment; ``horizon`` for untruncated training.
         batch_size: instances of a run; ``None`` is 16, or as many as have 4096 coordinates in all, but at least 1.
@@ -135,7 +135,9 @@ class TrainConfig:
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a share of the updates, from 0 to 1, got {value}")
         if self.average is not None and self.average >= 1:
-            raise ValueError(f"average must be below 1, got {self.average}; None takes no average")
+            raise ValueError(
+                f"average must be below 1, got {self.average}; without it, the weights themselves are kept"
+            )
         if self.objective not in get_args(Objective):
             known = ", ".join(map(repr, get_args(Objective)))
             raise ValueError(f"unknown objective {self.objective!r}; known objectives: {known}")
@@ -203,7 +205,7 @@ class TrainConfig:
         """Learning rate of the update after ``update`` others."""
         warm = min(1.0, (update + 1) / (self.warmup + 1))
         held = self.hold * (self.updates - 1)
-        fallen = max(0.0, update - held) / max(1.0, self.updates - 1 - held)
+        fallen = max(0.0, update - held) / ((self.updates - 1 - held) or 1.0)
         return warm * self.lr * math.pow(self.final_lr_fraction, fallen)
 
     def weights_between(self, first: int, last: int) -> list[float]:

@@ -77,11 +77,10 @@ class FusedUnroll:
             grads: ``[steps + 1, N]``, filled with the gradient at every point; ``None`` keeps none, and takes none at
                 the last point.
             before_step: called with the number of each step, the point and the packed state before it.
-            outer: called with the number of each point and the point, for the losses ``[batch]`` that count there;
-                ``None`` takes those whose gradients the rule is fed. No gradient is taken of them at the last point
-                otherwise.
             step: called with the number of each step, the point and the gradient there, to move the point in place;
                 ``None`` takes the rule's steps.
+            outer: called with the number of each point and the point, for the losses ``[batch]`` that count there;
+                ``None`` takes those whose gradients the rule is fed.
         """
         spec, layout, chosen = self.spec, self.layout, self.backend
         prepared = chosen.prepare(spec, self.weights.detach())
@@ -137,11 +136,17 @@ class FusedUnroll:
             return None
         loss = partial(self.instances.outer_loss, generator=self.generator)
 
-        def without_gradient(t: int, point: Point) -> Tensor:
+        def value(t: int, point: Point) -> Tensor:
             with torch.no_grad():
-                return loss(point.params)
+                losses = loss(point.params)
+                self.layout.check_losses(losses, "outer_loss")
+                return losses
 
-        return without_gradient if rows is None else lambda t, point: point.evaluate(loss, out=rows[t])
+        def value_and_gradient(t: int, point: Point) -> Tensor:
+            assert rows is not None
+            return point.evaluate(loss, out=rows[t], of="outer_loss")
+
+        return value if rows is None else value_and_gradient
 
     def forward_only(self, steps: int, meta_loss: MetaLoss) -> tuple[Tensor, Rollout]:
         """Meta-loss and run, where no meta-gradient is wanted."""

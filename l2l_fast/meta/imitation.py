@@ -1,8 +1,8 @@
 """Training a rule to take the steps of a teacher, any optimizer of ``torch.optim``: a warm start for meta-training.
 
-Backpropagation through a run only sees what the rule does already, and a fresh one does nothing of use: it may stay at
-chance for good. A teacher shows the way. The gradient of this loss is exact, as a step that the rule takes changes
-neither the gradients that it is shown nor those that the teacher answers to.
+Backpropagation through a run only sees what the rule does already; a teacher shows it in minutes what is known. The
+gradient of this loss is exact, as a step that the rule takes changes neither the gradients that it is shown nor those
+that the teacher answers to.
 """
 
 from __future__ import annotations

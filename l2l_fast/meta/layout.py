@@ -49,13 +49,13 @@ class Layout:
             means.append(squares.sqrt().repeat_interleave(size // self.batch))
         return torch.cat(means)
 
-    def check_losses(self, losses: Tensor) -> None:
+    def check_losses(self, losses: Tensor, of: str = "loss") -> None:
         if losses.shape != (self.batch,):
             raise ValueError(
-                f"instances.loss must return one loss per instance, shape ({self.batch},), got {tuple(losses.shape)}"
+                f"instances.{of} must return one loss per instance, shape ({self.batch},), got {tuple(losses.shape)}"
             )
         if torch.is_grad_enabled() and not losses.requires_grad:
-            raise ValueError("instances.loss returned losses that do not depend on the parameters it was given")
+            raise ValueError(f"instances.{of} returned losses that do not depend on the parameters it was given")
 
 
 def _check_params(params: Mapping[str, Tensor], rule: nn.Module) -> None:

@@ -18,16 +18,19 @@ class Point:
         self.params = {name: view.detach().requires_grad_() for name, view in layout.views(theta).items()}
         self._ones = theta.new_ones(layout.batch)
 
-    def evaluate(self, loss: Callable[[Mapping[str, Tensor]], Tensor], out: Tensor) -> Tensor:
+    def evaluate(self, loss: Callable[[Mapping[str, Tensor]], Tensor], out: Tensor, of: str = "loss") -> Tensor:
         """The losses ``[batch]`` of the parameters, detached; their gradient is written to ``out [N]``.
 
         Grad mode must be on.
+
+        Args:
+            of: what the instances call ``loss``, for messages.
 
         Raises:
             ValueError: if ``loss`` does not return one loss per instance, or not one that depends on the parameters.
         """
         losses = loss(self.params)
-        self._layout.check_losses(losses)
+        self._layout.check_losses(losses, of)
         grads = torch.autograd.grad(losses, tuple(self.params.values()), self._ones, materialize_grads=True)
         self._layout.gather(grads, out=out)
         return losses.detach()

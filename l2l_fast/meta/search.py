@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 from torch import nn
 
-from l2l_fast.meta.checkpoint import describe
+from l2l_fast.meta.checkpoint import FORMER, describe
 from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.imitation import Teacher
 from l2l_fast.meta.trials import best_validation_loss, in_processes
@@ -99,7 +99,8 @@ def search(
         raise ImportError("the learning-rate search needs optuna; install l2l_fast[cli]") from error
     study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)
     about = _about(describe(make_rule(), problem, config, teacher, starts_from), low, high, seed)
-    if study.user_attrs.setdefault("about", about) != about:
+    found = json.loads(study.user_attrs.get("about", about))
+    if {**found, "config": FORMER | found["config"]} != json.loads(about):
         raise ValueError(f"{storage} holds trials of another search: {study.user_attrs['about']}; use another storage")
     study.set_user_attr("about", about)
     done = {

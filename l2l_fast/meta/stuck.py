@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.layout import Layout
@@ -14,9 +16,9 @@ from l2l_fast.meta.point import Point
 from l2l_fast.meta.unroll import unroll
 from l2l_fast.problems import Problem
 
-VALIDATIONS = 2  # after which a loss that hardly falls is looked into
+VALIDATIONS = 2  # after which runs that lead nowhere are looked into
 
-_LITTLE_FALL = 0.01  # of the loss of the untrained rule
+_LITTLE_FALL = 0.02  # of the loss that runs start from
 _VANISHED = 0.05  # of the meta-gradients before
 _FLAT = 1e-2  # of a coordinate's gradient at the start of a run
 _MANY_FLAT = 0.5
@@ -24,43 +26,56 @@ _INSTANCES = 4
 
 
 def why_stuck(
-    history: Sequence[LogRow], rule: nn.Module, problem: Problem, config: TrainConfig, device: torch.device
+    history: Sequence[LogRow],
+    losses: Tensor,
+    rule: nn.Module,
+    problem: Problem,
+    config: TrainConfig,
+    device: torch.device,
 ) -> str | None:
-    """What keeps ``rule`` from learning, in a sentence or two with what to try; ``None`` if it learns.
+    """What keeps ``rule`` from learning, in a few words with what to try; ``None`` if its runs lead somewhere.
 
     Args:
-        history: a row per validation, the first one of the untrained rule.
+        history: a row per validation, the first one before training.
+        losses: ``[T + 1, batch]``, those of the last validation.
     """
-    untrained, last = history[0].validation_loss, history[-1]
-    if len(history) <= VALIDATIONS or untrained - last.best_validation_loss > _LITTLE_FALL * abs(untrained):
+    if len(history) <= VALIDATIONS:
+        return None
+    first, last = losses[0].double(), losses[-1].double()
+    if not last.isfinite().all():
+        return "the runs of the rule diverge to losses that are not finite; lower lr or output_scale"
+    fall = first - last
+    if fall.mean() > _LITTLE_FALL * first.mean().abs():
         return None
     seen = (
-        f"after {last.update} updates the validation loss is {last.validation_loss:.4g}, and that of the untrained "
-        f"rule {untrained:.4g}"
+        f"after {history[-1].update} updates its runs still lead nowhere: the loss is {first.mean():.5g} at their "
+        f"start and {last.mean():.5g} at their end"
     )
-    share = flat_share(rule, problem, config, device)
+    noise = 2 * fall.std(correction=0).item() / math.sqrt(len(fall))
+    share = flat_share(rule, problem, config, device) if fall.mean() <= noise else 0.0
     if share > _MANY_FLAT:
+        mirrored = "" if config.mirrored == 1 else "more mirrored runs at the beginning (mirrored), "
         return (
-            f"{seen}: the rule's updates drive the problem to where nothing is learned. {share:.0%} of its coordinates "
-            "have lost their gradient at the end of a run, as saturated units do. Start afresh with another seed, with "
-            "mirrored runs for longer (mirrored), a lower lr or a smaller output_scale"
+            f"{seen}. {share:.0%} of the coordinates have lost their gradient by then, as where units are saturated, "
+            f"so nothing is learned. Start afresh with {mirrored}another seed, a lower lr or a smaller output_scale"
         )
     norms = [row.grad_norm for row in history if row.grad_norm is not None]
-    if norms and norms[-1] <= _VANISHED * max(norms) > 0:
+    before = statistics.median(norms[:-1]) if len(norms) > 1 else 0.0
+    if before > 0 and norms[-1] <= _VANISHED * before:
         return (
-            f"{seen}: the meta-gradient has vanished, from a norm of {max(norms):.2g} to {norms[-1]:.2g}. Start afresh "
+            f"{seen}. The meta-gradient has vanished, from a norm of {before:.2g} to {norms[-1]:.2g}. Start afresh "
             "with another seed, a lower lr or a smaller output_scale"
         )
     return (
-        f"{seen}. If no optimizer can lower this loss, look at the problem; otherwise train longer, or with another lr "
-        "or output_scale"
+        f"{seen}. If no optimizer can lower this loss by much, look at the problem; otherwise train longer, or with "
+        "another lr or output_scale"
     )
 
 
 def flat_share(rule: nn.Module, problem: Problem, config: TrainConfig, device: torch.device) -> float:
-    """Share of the coordinates whose gradient all but vanishes during a validation run, of those that have one."""
+    """Share of the coordinates whose gradient all but vanishes during a run, of those that have one at its start."""
     generator = torch.Generator().manual_seed(config.validation_seed)
-    instances = problem.sample(_INSTANCES, generator=generator, device=device)
+    instances = problem.sample(min(_INSTANCES, config.validation_functions or 1), generator=generator, device=device)
     params = instances.init(generator=generator)
     layout = Layout(params, rule)
     here = generator.get_state()
@@ -76,5 +91,4 @@ def flat_share(rule: nn.Module, problem: Problem, config: TrainConfig, device: t
         sizes.append(grad.abs())
     first, last = sizes
     alive = first > 0
-    # A gradient that is not finite is another fault.
     return float((last[alive] < _FLAT * first[alive]).double().mean()) if alive.any() else 0.0

@@ -28,7 +28,7 @@ from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent
 from l2l_fast.meta.shard import Shard
 from l2l_fast.meta.stuck import why_stuck
-from l2l_fast.meta.validation import batch_size, validation_functions, validation_loss
+from l2l_fast.meta.validation import batch_size, validate, validation_functions
 from l2l_fast.problems import Problem
 from l2l_fast.rule import CoordinatewiseLSTM
 
@@ -85,6 +85,7 @@ class MetaTrainer:
             a checkpoint of a training that started from something else is not resumed. ``None`` names nothing.
 
     Attributes:
+        warns: whether it is still to say, by the logger ``l2l_fast``, that nothing is learned and why.
         config: the settings, with numbers for ``batch_size`` and ``validation_functions``.
 
     Raises:
@@ -144,7 +145,8 @@ class MetaTrainer:
         # What is validated: the rule itself, or a copy with the average of its weights.
         self._judged = rule if self.config.average is None else copy.deepcopy(rule)
         self._best = _copy_weights(rule)
-        self._warned = False  # whether it was said that nothing is learned
+        self.warns = self._team.leads and teacher is None
+        self._validated: Tensor | None = None  # losses of a validation that was not looked into yet
         self._begun = False  # whether the folder holds a checkpoint of this very training
 
     @property
@@ -210,6 +212,7 @@ class MetaTrainer:
             validated = self._validate() if due else None
             if progress.updates % (config.checkpoint_every or config.validate_every) == 0:
                 self._save()
+            self._warn_if_stuck()
             event = self._event(lr, loss, grad_norm, validated)
 
             def report(event: TrainEvent = event) -> int:
@@ -314,6 +317,8 @@ class MetaTrainer:
         decay = min(self.config.average, updates / (updates + 10))
         for mean, weight in zip(self._judged.parameters(), self.rule.parameters(), strict=True):
             mean.lerp_(weight, 1 - decay)
+        for kept, buffer in zip(self._judged.buffers(), self.rule.buffers(), strict=True):
+            kept.copy_(buffer)
 
     def _skip(self, *, lost_at_the_start: bool) -> None:
         """Count an update that could not be made, and leave the runs that have gone astray."""
@@ -337,7 +342,7 @@ class MetaTrainer:
     def _validate(self) -> float:
         """Validate the rule, or that of the averaged weights; a row of the history."""
         config, progress = self.config, self._progress
-        value = self._team.from_leader(lambda: validation_loss(self._judged, self.problem, self.config, self._device))
+        value = self._team.from_leader(self._validation_loss)
         if not progress.history or value < progress.best_validation_loss:
             self._best = _copy_weights(self._judged)
             progress.best_update = progress.updates
@@ -355,16 +360,25 @@ class MetaTrainer:
         progress.segments, progress.loss_sum, progress.grad_norm_sum = 0, 0.0, 0.0
         if self._begun:
             self._write_log()
-        self._warn_if_stuck()
         return value
+
+    def _validation_loss(self) -> float:
+        found = validate(self._judged, self.problem, self.config, self._device)
+        self._validated = found.losses
+        return found.loss
 
     def _warn_if_stuck(self) -> None:
         """Say once, as early as it can be known, why nothing is learned."""
-        if self._warned or not self._team.leads:
+        if not self.warns or self._validated is None:
             return
-        reason = why_stuck(self._progress.history, self._judged, self.problem, self.config, self._device)
+        losses, self._validated = self._validated, None
+        try:
+            reason = why_stuck(self._progress.history, losses, self._judged, self.problem, self.config, self._device)
+        except Exception:  # of a problem that does not take what was asked here; a hint must not end a training
+            logger.debug("could not look into what the training does", exc_info=True)
+            return
         if reason is not None:
-            self._warned = True
+            self.warns = False
             logger.warning("this training is stuck: %s", reason)
 
     def _event(self, lr: float, loss: float, grad_norm: float, validation_loss: float | None) -> TrainEvent:

@@ -31,8 +31,10 @@ def best_validation_loss(
     rule: nn.Module, problem: Problem, config: TrainConfig, teacher: Teacher | None = None
 ) -> float:
     """What training leads to; infinite if it breaks down."""
+    trainer = MetaTrainer(rule, problem, config, teacher=teacher)
+    trainer.warns = False  # a learning rate that leads nowhere is what a search is for
     try:
-        return MetaTrainer(rule, problem, config, teacher=teacher).fit().best_validation_loss
+        return trainer.fit().best_validation_loss
     except FloatingPointError:
         return math.inf
 

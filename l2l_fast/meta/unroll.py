@@ -157,7 +157,7 @@ def _stepwise(
                 (grad,) = torch.autograd.grad(loss, point, ones, retain_graph=tracked, create_graph=create_graph)
             if isinstance(instances, HeldOut):
                 loss = instances.outer_loss(layout.views(point), generator=generator)
-                layout.check_losses(loss)
+                layout.check_losses(loss, "outer_loss")
         if tracked:
             term = meta_loss.term(t, loss)
             total = term if total is None else total + term

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2l_fast.meta.config import TrainConfig
 from l2l_fast.meta.layout import Layout
@@ -41,11 +42,24 @@ def batch_size(rule: nn.Module, problem: Problem, device: torch.device) -> int:
     return affordable_functions(rule, problem, device, most=BATCH, coordinates=BATCH_COORDINATES, least=1)
 
 
-@torch.no_grad()
-def validation_loss(rule: nn.Module, problem: Problem, config: TrainConfig, device: torch.device) -> float:
-    """Mean loss on the validation instances, at the end of the run or over all of it; infinite if it is not finite.
+@dataclass(frozen=True)
+class Validation:
+    """What a rule was worth.
 
-    That at the end is free of minibatch noise where instances allow it.
+    Attributes:
+        loss: mean over the instances, at the end of the run or over all of it; infinite if it is not finite.
+        losses: ``[T + 1, batch]``, of the runs.
+    """
+
+    loss: float
+    losses: Tensor
+
+
+@torch.no_grad()
+def validate(rule: nn.Module, problem: Problem, config: TrainConfig, device: torch.device) -> Validation:
+    """Run ``rule`` on the validation instances.
+
+    The loss at the end is free of minibatch noise where instances allow it.
 
     Raises:
         ValueError: if a loss is not finite before the first step, or not positive where its logarithm is the objective:
@@ -77,4 +91,4 @@ def validation_loss(rule: nn.Module, problem: Problem, config: TrainConfig, devi
                 f"got {tuple(losses.shape)}"
             )
     mean = losses.double().mean().item()
-    return mean if math.isfinite(mean) else math.inf
+    return Validation(mean if math.isfinite(mean) else math.inf, run.losses)

@@ -80,7 +80,7 @@ class ImageClassifier:
     def __repr__(self) -> str:
         # As before there were held-out images, for the checkpoints of then.
         shown = [setting.name for setting in fields(self) if setting.name != "held_out" or self.held_out]
-        return f"ImageClassifier({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def sample(
         self,

@@ -75,7 +75,8 @@ def module_problem(
     if held_out_data is not None:
         splits["held_out"] = _load_pair("held_out_data", held_out_data)
     problem = ModuleProblem(module_fn, loss_fn, splits, minibatch)
-    _try_alone(problem)
+    for split in problem.splits:
+        _try_alone(problem, split)
     _try_batched(problem)
     return problem
 
@@ -276,6 +277,14 @@ class ModuleInstances:
             )
 
 
+class HeldOutModuleInstances(ModuleInstances):
+    """Those whose losses that count are on data that they are not trained on."""
+
+    def outer_loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+        """Losses ``[batch]`` in training mode, each module on a minibatch of held-out data of its own."""
+        return self._loss_on("held_out", params, generator)
+
+
 def _build(module_fn: ModuleFn, seed: int) -> nn.Module:
     """A module initialised with random numbers from ``seed``."""
     with _seeded(seed, torch.device("cpu")), torch.device("cpu"):
@@ -340,9 +349,10 @@ def _collate(name: str, dataset: Dataset[Any]) -> object:
         ) from error
 
 
-def _try_alone(problem: ModuleProblem) -> None:
+def _try_alone(problem: ModuleProblem, split: str) -> None:
     """One module on one minibatch as its author would call it, so that its own errors are told from those of vmap."""
-    inputs, targets = problem.splits["train"]
+    inputs, targets = problem.splits[split]
+    data = "" if split == "train" else f" of {split}_data"
     chosen = torch.arange(problem.minibatch, device=inputs.device) % len(inputs)
     inputs, targets = inputs[chosen].cpu(), targets[chosen].cpu()
     module = copy.deepcopy(problem.training_module)
@@ -351,7 +361,7 @@ def _try_alone(problem: ModuleProblem) -> None:
             loss = problem.loss_fn(module(inputs), targets)
     except Exception as error:
         raise ValueError(
-            f"module and loss_fn fail on a minibatch of inputs {_format_tensor(inputs)} and "
+            f"module and loss_fn fail on a minibatch{data} of inputs {_format_tensor(inputs)} and "
             f"targets {_format_tensor(targets)}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(loss, Tensor):
@@ -364,7 +374,10 @@ def _try_alone(problem: ModuleProblem) -> None:
         raise ValueError("loss_fn returned a loss that does not depend on the parameters of the module")
     dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
     if loss.dtype != dtype:
-        raise TypeError(f"loss_fn returned {loss.dtype} but the parameters are {dtype}; convert data or module")
+        raise TypeError(
+            f"loss_fn returned {loss.dtype}{data and f' on a minibatch{data}'} but the parameters are {dtype}; convert "
+            "data or module"
+        )
 
 
 def _try_batched(problem: ModuleProblem) -> None:
@@ -430,14 +443,6 @@ def _without_addresses(text: str) -> str:
 
 def _format_tensor(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-class HeldOutModuleInstances(ModuleInstances):
-    """Those whose losses that count are on data that they are not trained on."""
-
-    def outer_loss(self, params: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
-        """Losses ``[batch]`` in training mode, each module on a minibatch of held-out data of its own."""
-        return self._loss_on("held_out", params, generator)
 
 
 def _format_shapes(shapes: Mapping[str, torch.Size]) -> str:
