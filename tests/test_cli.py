@@ -261,7 +261,7 @@ def test_evaluate_a_network(rule_file: Path, tmp_path: Path) -> None:
     code, printed, _ = run("evaluate", "digits", *settings, *options)
     assert code == 0
     assert "digits hidden=3 activation=relu: loss at step 2" in printed
-    for expected in ("fixed training data", "minibatch", "test data"):
+    for expected in ("on fixed data", "minibatch", "test data"):
         assert expected in printed
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert values["other_measures"].keys() == {"minibatch", "test", "mean"}

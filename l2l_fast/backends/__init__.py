@@ -34,6 +34,8 @@ class Backend(Protocol):
     Shapes: ``weights [P]``, ``grad [N]``, ``state [N, 2, 2, H]`` (layer; h, c; unit). A *packed*
     state holds the same numbers in the backend's own layout, with any storage dtype: float32, float16, bfloat16, or
     int8 as :mod:`l2l_fast.int8` defines it.
+
+    An operand, a result or a term of a sum that is subnormal in float32 may count as zero; see docs/numerics.md.
     """
 
     name: str
