@@ -36,6 +36,7 @@ class Progress:
         segments, loss_sum, grad_norm_sum: what was summed up since the last validation.
         running_norm: mean norm of the meta-gradients so far, the latest ones weighted most; 0 before the first.
         best_update: after how many updates the best rule was found.
+        returned: after how many updates training went back to the best rule the last time; 0 if it never did.
         history: a row per validation.
     """
 
@@ -49,6 +50,7 @@ class Progress:
     grad_norm_sum: float = 0.0
     running_norm: float = 0.0
     best_update: int = 0
+    returned: int = 0
     history: list[LogRow] = field(default_factory=list)
 
     @property

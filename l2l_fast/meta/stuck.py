@@ -18,11 +18,17 @@ from l2l_fast.problems import Problem
 
 VALIDATIONS = 2  # after which runs that lead nowhere are looked into
 
-_LITTLE_FALL = 0.02  # of the loss that runs start from
+LITTLE_FALL = 0.02  # of the loss that runs start from
 _VANISHED = 0.05  # of the meta-gradients before
 _FLAT = 1e-2  # of a coordinate's gradient at the start of a run
 _MANY_FLAT = 0.5
 _INSTANCES = 4
+
+
+def leads_nowhere(losses: Tensor) -> bool:
+    """Whether runs with ``losses [T + 1, batch]`` end about as high as they start, or worse."""
+    first, last = losses[0].double().mean(), losses[-1].double().mean()
+    return not last.isfinite() or bool(first - last <= LITTLE_FALL * first.abs())
 
 
 def why_stuck(
@@ -39,14 +45,12 @@ def why_stuck(
         history: a row per validation, the first one before training.
         losses: ``[T + 1, batch]``, those of the last validation.
     """
-    if len(history) <= VALIDATIONS:
+    if len(history) <= VALIDATIONS or not leads_nowhere(losses):
         return None
     first, last = losses[0].double(), losses[-1].double()
     if not last.isfinite().all():
         return "the runs of the rule diverge to losses that are not finite; lower lr or output_scale"
     fall = first - last
-    if fall.mean() > _LITTLE_FALL * first.mean().abs():
-        return None
     seen = (
         f"after {history[-1].update} updates its runs still lead nowhere: the loss is {first.mean():.5g} at their "
         f"start and {last.mean():.5g} at their end"

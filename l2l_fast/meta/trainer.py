@@ -27,7 +27,7 @@ from l2l_fast.meta.imitation import Teacher, check_teaching
 from l2l_fast.meta.interrupt import DeferredSignals
 from l2l_fast.meta.log import LogRow, TrainEvent
 from l2l_fast.meta.shard import Shard
-from l2l_fast.meta.stuck import why_stuck
+from l2l_fast.meta.stuck import LITTLE_FALL, leads_nowhere, why_stuck
 from l2l_fast.meta.validation import batch_size, validate, validation_functions
 from l2l_fast.problems import Problem
 from l2l_fast.rule import CoordinatewiseLSTM
@@ -37,6 +37,7 @@ logger = logging.getLogger("l2l_fast")
 MAX_SKIPPED_IN_A_ROW = 100
 
 _NORM_DECAY = 0.95  # of the running mean of gradient norms
+_RETURN_WARMUP = 20  # updates over which the learning rate rises after a return to the best rule
 
 StopReason = Literal["updates", "patience", "max_seconds"]
 
@@ -66,6 +67,9 @@ class TrainResult:
 
 class MetaTrainer:
     """Trains ``rule`` on instances of ``problem``.
+
+    Where the validation runs of the rule lead nowhere any more, training goes back to the best one there was, and
+    carries on from it.
 
     Where ``torch.distributed`` is initialised, its ranks share the shards of an update and hold the same rule, that of
     the first one to begin with. All of them make the trainer and call :meth:`fit`. Only the first one validates and
@@ -138,7 +142,7 @@ class MetaTrainer:
         self._team.check_same({**checkpoint.flatten(self._about), "folder given": folder is not None})
         self._team.broadcast(rule.state_dict().values())
         self._files = None if self.folder is None else TrainingFolder(self.folder)
-        self._optimizer = torch.optim.Adam(self._weights, lr=self.config.lr, fused=True)
+        self._optimizer = self._make_optimizer()
         graph = StepGraph() if self.config.cuda_graph else None
         self._shards = [Shard(number, problem, self.config, self._device, teacher, graph) for number in shares]
         self._progress = Progress()
@@ -210,6 +214,8 @@ class MetaTrainer:
             lr, loss, grad_norm = self._update(before - begin)
             due = progress.updates % config.validate_every == 0 or progress.updates == config.updates
             validated = self._validate() if due else None
+            if due and self._collapsed():
+                self._go_back()
             if progress.updates % (config.checkpoint_every or config.validate_every) == 0:
                 self._save()
             self._warn_if_stuck()
@@ -257,7 +263,7 @@ class MetaTrainer:
         mean = rows.mean(0)
         self._set_gradient(mean[:count])
         norm = get_total_norm([weight.grad for weight in self._weights if weight.grad is not None])
-        lr, loss, grad_norm = config.lr_at(progress.updates), mean[count].item(), norm.item()
+        lr, loss, grad_norm = self._lr(), mean[count].item(), norm.item()
         progress.seconds = rows[:, count + 2].max().item()
         progress.updates += 1
         progress.position += min(config.truncation, config.horizon - progress.position)
@@ -341,7 +347,7 @@ class MetaTrainer:
 
     def _validate(self) -> float:
         """Validate the rule, or that of the averaged weights; a row of the history."""
-        config, progress = self.config, self._progress
+        progress = self._progress
         value = self._team.from_leader(self._validation_loss)
         if not progress.history or value < progress.best_validation_loss:
             self._best = _copy_weights(self._judged)
@@ -349,7 +355,7 @@ class MetaTrainer:
         row = LogRow(
             update=progress.updates,
             seconds=progress.seconds,
-            lr=config.lr_at(progress.updates),
+            lr=self._lr(),
             loss=progress.loss_sum / progress.segments if progress.segments else None,
             grad_norm=progress.grad_norm_sum / progress.segments if progress.segments else None,
             skipped=progress.skipped,
@@ -366,6 +372,40 @@ class MetaTrainer:
         found = validate(self._judged, self.problem, self.config, self._device)
         self._validated = found.losses
         return found.loss
+
+    def _collapsed(self) -> bool:
+        """Whether the runs of the rule, as it was just validated, lead nowhere, and those of an earlier one did."""
+        progress = self._progress
+        nowhere = self._team.from_leader(lambda: None if self._validated is None else leads_nowhere(self._validated))
+        loss, best = progress.history[-1].validation_loss, progress.best_validation_loss
+        return bool(nowhere) and progress.best_update > 0 and loss - best > LITTLE_FALL * abs(best)
+
+    def _go_back(self) -> None:
+        """Carry on from the best rule with new runs: from one whose meta-gradients have vanished no way leads back."""
+        progress = self._progress
+        if self._team.leads:
+            logger.warning(
+                "after %d updates the runs of the rule lead nowhere any more; back to the rule of update %d",
+                progress.updates,
+                progress.best_update,
+            )
+        self.rule.load_state_dict(self._best)
+        if self._judged is not self.rule:
+            self._judged.load_state_dict(self._best)
+        self._optimizer = self._make_optimizer()
+        progress.returned, progress.running_norm, progress.position = progress.updates, 0.0, 0
+        self._validated = None
+        for shard in self._shards:
+            shard.end_run()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self._weights, lr=self.config.lr, fused=True)
+
+    def _lr(self) -> float:
+        """Of the next update. The first steps of a fresh Adam are as long as any, so it rises again after a return."""
+        progress = self._progress
+        since = progress.updates - progress.returned if progress.returned else _RETURN_WARMUP
+        return min(1.0, (since + 1) / (_RETURN_WARMUP + 1)) * self.config.lr_at(progress.updates)
 
     def _warn_if_stuck(self) -> None:
         """Say once, as early as it can be known, why nothing is learned."""
