@@ -90,8 +90,11 @@ def draw_curves(axes: Axes, evaluation: Evaluation, *, first: int = 0) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("mean loss")
     style(axes)
+    if first:  # curves under way fill their panel: room for the legend above them
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.4)
     legend = f"(mean loss at step {evaluation.steps})"
-    axes.legend(title=legend, frameon=False, fontsize=9, title_fontsize=9)
+    axes.legend(loc="upper right" if first else "best", title=legend, frameon=False, fontsize=9, title_fontsize=9)
 
 
 def curves_figure(evaluation: Evaluation) -> Figure:
