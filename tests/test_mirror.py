@@ -30,7 +30,7 @@ def in_a_mirror(problem: Problem, seed: int | None) -> tuple[Instances, Instance
     return instances, mirrored(instances, seed)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=["quadratic", "digits", "regression"])
 def test_a_rule_that_is_odd_takes_the_same_run(problem: Problem) -> None:
     """Without biases and without the magnitude of the gradient, the steps change sign with the gradients."""
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def test_a_rule_that_is_odd_takes_the_same_run(problem: Problem) -> None:
             assert 0.3 < flipped < 0.7
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=["quadratic", "digits", "regression"])
 def test_without_a_seed_nothing_is_flipped(problem: Problem) -> None:
     plain, same = in_a_mirror(problem, None)
     params = plain.init(generator=seeded(1))
