@@ -221,7 +221,7 @@ class WideProblem:
 
 @pytest.mark.parametrize(
     ("size", "batch", "functions"),
-    [(1, 16, 1024), (256, 16, 1024), (1953, 2, 1024), (20_000, 1, 100), (3_000_000, 1, 4)],
+    [(1, 16, 1024), (256, 16, 1024), (1953, 2, 134), (20_000, 1, 13), (3_000_000, 1, 4)],
 )
 def test_batches_are_as_large_as_can_be_afforded(size: int, batch: int, functions: int) -> None:
     trainer = MetaTrainer(make_rule(), WideProblem(size), TrainConfig())

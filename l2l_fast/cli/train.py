@@ -225,7 +225,7 @@ def train(
         int | None,
         typer.Option(
             help="Functions to validate on.",
-            show_default="1024, or what has 2 million coordinates",
+            show_default="1024, or what has 262144 coordinates",
             rich_help_panel=_VALIDATION,
         ),
     ] = None,

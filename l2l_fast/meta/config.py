@@ -52,7 +52,7 @@ class TrainConfig:
             counts alike, the higher the more the end of the run does.
         validate_every: updates between validations.
         validation_functions: instances to validate on, always the same ones; ``None`` is 1024, or as many as have
-            two million coordinates in all, but at least 4.
+            262 144 coordinates in all, but at least 4.
         validation_seed: seed that they are drawn from.
         validate_by: what a rule is worth there: ``"end"`` is the mean loss after the last step, ``"run"`` that over all
             points of the run.
