@@ -24,6 +24,7 @@ def main() -> None:
     torch.manual_seed(0)
     for preprocess in (l2l_fast.LogAndSign(), None):
         rule = l2l_fast.CoordinatewiseLSTM(preprocess=preprocess).to(device)
+        rule.output.reset_parameters()  # updates that show, where a fresh rule takes tiny ones
         for dtype, state_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float16)):
             params = [torch.nn.Parameter(torch.randn(size, device=device, dtype=dtype)) for size in range(tensors)]
             optimizer = l2l_fast.LearnedOptimizer(params, rule, backend="triton", state_dtype=state_dtype)

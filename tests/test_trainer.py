@@ -81,7 +81,7 @@ def test_best_rule_is_the_one_that_was_validated() -> None:
     rule = make_rule()
 
     def spoil(event: TrainEvent) -> None:
-        if event.update == 20:
+        if event.update >= 20:
             nn.init.constant_(rule.output.bias, 1e3)
 
     config = replace(SMALL, updates=30, validate_every=1)
