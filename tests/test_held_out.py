@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cli import error_of
 from test_cli import run as run_command
+from test_unroll import Wrapped
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -34,21 +35,6 @@ def make_rule(preprocess: LogAndSign | None = None) -> CoordinatewiseLSTM:
     rule = CoordinatewiseLSTM(hidden_size=5, preprocess=preprocess).double()
     rule.output.reset_parameters()
     return rule
-
-
-class Wrapped(nn.Module):
-    """A rule of unknown make, which goes step by step through autograd."""
-
-    def __init__(self, rule: CoordinatewiseLSTM) -> None:
-        super().__init__()
-        self.rule = rule
-
-    def init_state(self, n: int) -> Tensor:
-        return self.rule.init_state(n, dtype=torch.float64)
-
-    def forward(self, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        update, state = self.rule(grad, state, backend="reference")
-        return update, state
 
 
 class Regression:
